@@ -1,0 +1,80 @@
+"""What a denoiser's output means, and how to read it as another thing (MATH.md 1).
+
+At one `(x_t, t)` these are affine maps of one another, with coefficients that depend on the schedule alone:
+`x_t = alpha x0 + sigma eps`, `score = -eps/sigma`, `v = alpha eps - sigma x0`.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+from torch import Tensor
+
+from dbtheory.schedule import NoiseSchedule, Time, as_time, expand_like
+
+Parametrization = Literal["eps", "x0", "v", "score"]
+
+
+def convert(
+    prediction: Tensor,
+    x: Tensor,
+    t: Time,
+    schedule: NoiseSchedule,
+    source: str,
+    target: str,
+) -> Tensor:
+    """A prediction of kind `source` at `x_t = x` (n, ...) and time `t` (scalar or (n,)), as one of kind
+    `target`.
+
+    `prediction` has the shape of `x`, or that shape with leading axes. Equal kinds return it untouched.
+    Raises ValueError for an unknown kind, for shapes that disagree, and at a time where the conversion would
+    divide by zero (no noise: score, or noise from x0; no signal: x0 from noise).
+    """
+    _require_kinds(source, target)
+    if prediction.shape[prediction.ndim - x.ndim :] != x.shape:
+        raise ValueError(f"prediction {tuple(prediction.shape)} must end in the shape of x, {tuple(x.shape)}")
+    if source == target:
+        return prediction
+    time = as_time(t)
+    alpha, sigma = (expand_like(scale(time), x) for scale in (schedule.alpha, schedule.sigma))
+    if target == "x0":
+        return _to_x0(prediction, x, alpha, sigma, source)
+    eps = _to_eps(prediction, x, alpha, sigma, source)
+    if target == "eps":
+        return eps
+    if target == "score":
+        return -eps / _nonzero(sigma, "noise")
+    x0 = prediction if source == "x0" else _to_x0(prediction, x, alpha, sigma, source)
+    return alpha * eps - sigma * x0
+
+
+def _to_eps(prediction: Tensor, x: Tensor, alpha: Tensor, sigma: Tensor, source: str) -> Tensor:
+    if source == "eps":
+        return prediction
+    if source == "score":
+        return -sigma * prediction
+    if source == "v":
+        return (alpha * prediction + sigma * x) / (alpha**2 + sigma**2)
+    return (x - alpha * prediction) / _nonzero(sigma, "noise")
+
+
+def _to_x0(prediction: Tensor, x: Tensor, alpha: Tensor, sigma: Tensor, source: str) -> Tensor:
+    if source == "v":
+        return (alpha * x - sigma * prediction) / (alpha**2 + sigma**2)
+    if source == "score":
+        return (x + sigma**2 * prediction) / _nonzero(alpha, "signal")
+    return (x - sigma * prediction) / _nonzero(alpha, "signal")
+
+
+def _nonzero(scale: Tensor, what: str) -> Tensor:
+    if bool((scale == 0).any()):
+        raise ValueError(f"this conversion divides by the scale of the {what}, which is zero at this time")
+    return scale
+
+
+def _require_kinds(*kinds: str) -> None:
+    for kind in kinds:
+        if kind not in get_args(Parametrization):
+            raise ValueError(
+                f"unknown parametrisation {kind!r}; use one of {', '.join(get_args(Parametrization))}"
+            )

@@ -1,0 +1,154 @@
+"""Put a blend on any diffusers text-to-image pipeline, and take it off again."""
+
+import hashlib
+import inspect
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.hooks import HookRegistry, ModelHook
+from torch import Tensor
+
+from dbtheory.blend import Blender, Step
+from dbtheory.preference import BASE, Preference
+from scale.adapters import denoiser_of, load_adapter
+from scale.experts import AdapterSwitch, LoraExperts
+from scale.methods import make_blender
+
+HOOK = "diffusion_blend"
+
+
+def attach(
+    pipe: DiffusionPipeline, adapters: Mapping[str, str | Path], preference: Preference, method: str = "mpa"
+) -> "Knob":
+    """Load `adapters` (name -> LoRA file or folder) and blend them at every step of the pipeline's ordinary calls.
+
+    `method` is "base", "mpa", "kla" or "mpa-ls". Schedulers, guidance, batches and callbacks keep working. The
+    returned knob changes the preference and detaches.
+
+    Raises:
+        ValueError: what `make_blender` and `load_adapter` refuse; a pipeline that already has a blend, or adapters of
+            its own (fuse or unload them first). The pipeline is then as it was.
+    """
+    blender = make_blender(method, preference, adapters)
+    denoiser = denoiser_of(pipe)
+    if getattr(denoiser, "peft_config", None):
+        attached = HOOK in getattr(getattr(denoiser, "_diffusers_hook", None), "hooks", {})
+        raise ValueError(
+            "this denoiser already has a blend attached; detach it first, or set knob.preference"
+            if attached
+            else f"this denoiser already has adapters ({', '.join(denoiser.peft_config)}); call pipe.unload_lora_weights()"
+        )
+    try:
+        for name, path in adapters.items():
+            load_adapter(pipe, path, name)
+        return Knob(pipe, tuple(adapters), preference, method, blender)
+    except BaseException:
+        _unload(denoiser)
+        raise
+
+
+class Knob:
+    """The handle of an attached blend."""
+
+    def __init__(
+        self,
+        pipe: DiffusionPipeline,
+        adapters: tuple[str, ...],
+        preference: Preference,
+        method: str,
+        blender: Blender,
+    ) -> None:
+        self._denoiser, self._adapters, self._preference, self.method = (
+            denoiser_of(pipe),
+            adapters,
+            preference,
+            method,
+        )
+        self._hook = BlendHook(pipe, (BASE, *adapters), blender)
+        HookRegistry.check_if_exists_or_initialize(self._denoiser).register_hook(self._hook, HOOK)
+
+    @property
+    def preference(self) -> Preference:
+        """The preference that the next step follows; set it at any time (ValueError as in `attach`)."""
+        return self._preference
+
+    @preference.setter
+    def preference(self, preference: Preference) -> None:
+        self._hook.blender = make_blender(self.method, preference, self._adapters)
+        self._preference = preference
+
+    def detach(self) -> None:
+        """Remove the blend and its adapters: the pipeline is as it was before `attach`, bit for bit."""
+        HookRegistry.check_if_exists_or_initialize(self._denoiser).remove_hook(HOOK, recurse=False)
+        self._hook.switch.remove()
+        _unload(self._denoiser)
+
+
+class BlendHook(ModelHook):
+    """Answers each call of the denoiser by the blend of its experts' predictions."""
+
+    def __init__(self, pipe: DiffusionPipeline, names: tuple[str, ...], blender: Blender) -> None:
+        super().__init__()
+        self.pipe, self.names, self.blender = pipe, names, blender
+        self.switch = AdapterSwitch(denoiser_of(pipe))
+        self.clock = Clock()
+
+    def new_forward(self, module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """The denoiser's forward with one more meaning: same arguments, same type of result."""
+        given = inspect.signature(type(module).forward).bind(module, *args, **kwargs).arguments
+        given = {name: value for name, value in given.items() if name != "self"} | given.pop("kwargs", {})
+        (_, x), (_, t) = list(given.items())[:2]
+        conditioning = dict(list(given.items())[2:])
+        forward = self.fn_ref.original_forward
+        assert forward is not None
+        experts = LoraExperts(self.pipe, self.names, self.switch, forward).bind(**conditioning)
+        blended = self.blender(experts, x, t, self.clock.step(self.pipe.scheduler, x, t))
+        if given.get("return_dict", True):
+            return _output_class(module)(sample=blended)
+        return (blended,)
+
+
+class Clock:
+    """Counts the steps of a trajectory and keeps each row's phase."""
+
+    def __init__(self) -> None:
+        self.timesteps: Tensor | None = None
+        self.index = 0
+        self.phase = torch.empty(0)
+
+    def step(self, scheduler: Any, x: Tensor, t: Tensor) -> Step:
+        """Where this call of the denoiser stands. A pipeline call sets its scheduler's timesteps anew: a new trajectory."""
+        if scheduler.timesteps is not self.timesteps or len(self.phase) != len(x):
+            self.timesteps, self.index, self.phase = scheduler.timesteps, 0, phases(x)
+        index, self.index = self.index, self.index + 1
+        times = scheduler.timesteps / scheduler.config.num_train_timesteps
+        t_next = times[index + 1] if index + 1 < len(times) else 0.0
+        return Step(index, len(times), times[min(index, len(times) - 1)], t_next, self.phase)
+
+
+def phases(x: Tensor) -> Tensor:
+    """One uniform on [0, 1) a row (float64), a hash of the row's own first latents.
+
+    So a draw depends on the image's seed alone: not on batch, order or process. The two rows that guidance makes of
+    one image hold the same latents, hence follow the same experts.
+    """
+    rows = x.detach().to("cpu", torch.float32).flatten(1).numpy()
+    digests = [hashlib.blake2b(row.tobytes(), digest_size=8).digest() for row in rows]
+    return torch.tensor(
+        [(int.from_bytes(digest, "big") >> 11) / 2**53 for digest in digests], dtype=torch.float64
+    )
+
+
+def _output_class(module: torch.nn.Module) -> type:
+    from diffusers.models.modeling_outputs import Transformer2DModelOutput
+    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel, UNet2DConditionOutput
+
+    return UNet2DConditionOutput if isinstance(module, UNet2DConditionModel) else Transformer2DModelOutput
+
+
+def _unload(denoiser: Any) -> None:
+    if getattr(denoiser, "peft_config", None):
+        denoiser.unload_lora()

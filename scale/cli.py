@@ -1,0 +1,159 @@
+"""The command `dblend`. Heavy packages load inside the commands that need them, so `--help` is quick."""
+
+import contextlib
+import io
+import json
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import tyro
+from tyro.conf import subcommand
+
+
+@dataclass(frozen=True)
+class Demo:
+    """Blend on a toy whose answer is known, then on the shipped image model; figures and tables go to a folder."""
+
+    out: Path = Path("out/demo")
+    """Folder of the figures and of demo.json."""
+    seed: int = 0
+    json: bool = False
+    """Print the figures as JSON instead of tables."""
+
+    def run(self) -> None:
+        results = _demo(self.out, self.seed)
+        print(json.dumps(results, indent=1) if self.json else _tables(results))
+
+
+@dataclass(frozen=True)
+class Generate:
+    """Generate images that follow a preference: PNG files and one JSON record of everything that made them."""
+
+    prompt: str = ""
+    """What to draw."""
+    prompt_file: Path | None = None
+    """A JSON list of prompts, or a text file with one a line."""
+    weights: tuple[str, ...] = ()
+    """NAME=WEIGHT of each adapter; they sum to 1. The small world has colorfulness and jpeg."""
+    kl_scale: float = 1.0
+    """lambda: 0 is the base model, 1 the adapters as trained, above 1 further still."""
+    method: str = "mpa"
+    """base, mpa, kla (one adapter) or mpa-ls (one adapter a step, at the cost of one model)."""
+    model: str | None = None
+    """A diffusers folder or hub id; the shipped small world if not given."""
+    adapter: tuple[str, ...] = ()
+    """NAME=PATH of each LoRA file or folder."""
+    seed: int = 0
+    """Seed of the first image of each prompt; the next has the next seed."""
+    num: int = 1
+    """Images a prompt."""
+    steps: int = 50
+    guidance: float | None = None
+    """Classifier-free guidance, 1 is none; the model's own default if not given."""
+    eta: float = 1.0
+    """Noise of DDIM's step: 1 as in training, 0 is deterministic."""
+    batch_size: int = 16
+    out: Path = Path("out/images")
+    """Folder of the images and of generation.json."""
+
+    def run(self) -> None:
+        from scale.prompts import parse_adapters, parse_weights, read_prompts
+
+        if bool(self.prompt) == bool(self.prompt_file):
+            raise ValueError("give either --prompt TEXT or --prompt-file FILE")
+        prompts = read_prompts(self.prompt_file) if self.prompt_file else [self.prompt]
+        weights = parse_weights(self.weights) if self.method != "base" else {}
+        adapters = parse_adapters(self.adapter)
+        from scale.generate import Request, generate
+
+        request = Request(
+            prompts, weights, self.out, self.kl_scale, self.method, self.model, adapters,
+            self.seed, self.num, self.steps, self.guidance, self.eta, self.batch_size,
+        )  # fmt: skip
+        print(f"the record of the images is {generate(request)}")
+
+
+def _demo(out: Path, seed: int) -> dict[str, Any]:
+    """Both halves of the demo under one progress bar; writes `demo.json` beside the figures."""
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"the output folder {out} is a file; choose another folder")
+    import toys.demo
+    from dbtheory.files import write_atomically
+    from scale.mini import demo as images
+    from scale.progress import progress_bar
+
+    with progress_bar() as bar:
+        toy_task = bar.add_task("toy", total=None, note="sampler steps")
+        image_task = bar.add_task("images", total=(len(images.WEIGHTS) + 1) * images.PROMPTS, note="pictures")
+        toy = toys.demo.run(
+            out, seed=seed, progress=lambda done, total: bar.update(toy_task, completed=done, total=total)
+        )
+        pictures = images.run(out, seed=seed, advance=lambda k: bar.update(image_task, advance=k))
+    results = {"toy": toy, "images": pictures}
+    write_atomically(out / "demo.json", lambda path: path.write_text(json.dumps(results, indent=1) + "\n"))
+    return results | {"json": str(out / "demo.json")}
+
+
+def _tables(results: Mapping[str, Any]) -> str:
+    """The demo's two tables, and where its files lie."""
+    toy, images = results["toy"], results["images"]
+    columns = list(toy["rows"][0])
+    lines = [
+        f"Toy: {toy['toy']}, reward w {toy['rewards'][0]} + (1 - w) {toy['rewards'][1]}; sliced W2 to the exact target"
+    ]
+    lines += ["".join(f"{column:>12}" for column in columns)]
+    lines += ["".join(f"{row[column]:12.3f}" for column in columns) for row in toy["rows"]]
+    names = [name for name in images["rows"][0] if name != "model"]
+    lines += [
+        "",
+        f"Images: {images['prompts']} held-out prompts, w colorfulness + (1 - w) jpeg; means +- standard errors",
+    ]
+    lines += [f"{'':>12}" + "".join(f"{name:>20}" for name in names)]
+    for row in images["rows"]:
+        cells = (f"{row[name][0]:.3f} +- {row[name][1]:.3f}" for name in names)
+        lines.append(f"{row['model']:>12}" + "".join(f"{cell:>20}" for cell in cells))
+    files = [toy["figure"], *images["figures"], results["json"]]
+    return "\n".join([*lines, "", *(f"written: {file}" for file in files)])
+
+
+Command = Annotated[Demo, subcommand("demo")] | Annotated[Generate, subcommand("generate")]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run one command; bad input ends with exit code 2 and one line on standard error."""
+    # the libraries' advice about optional packages is not for users of this command
+    for package in ("TRANSFORMERS", "DIFFUSERS"):
+        os.environ.setdefault(f"{package}_VERBOSITY", "error")
+    command = _parse(sys.argv[1:] if arguments is None else arguments)
+    try:
+        command.run()
+    except (ValueError, OSError) as error:
+        _fail(str(error))
+    except KeyboardInterrupt:
+        print("dblend: interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+def _parse(arguments: Sequence[str]) -> Demo | Generate:
+    complaint = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(complaint):
+            return tyro.cli(Command, prog="dblend", args=list(arguments), description=__doc__)  # pyright: ignore
+    except SystemExit as ended:
+        if ended.code in (0, None):
+            raise
+        words = " ".join(complaint.getvalue().translate(str.maketrans("╭╮╰╯─│", "      ")).split())
+        _fail(words)
+
+
+def _fail(message: str) -> NoReturn:
+    print("dblend: " + " ".join(message.split()), file=sys.stderr)
+    sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

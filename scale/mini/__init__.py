@@ -1,0 +1,13 @@
+"""The small world: a Stable Diffusion model of coloured shapes that trains on a CPU and ships with the package."""
+
+from pathlib import Path
+from typing import Any
+
+WEIGHTS = Path(__file__).parent / "weights"
+MODEL = WEIGHTS / "model"
+ADAPTERS = WEIGHTS / "adapters"
+JUDGE = WEIGHTS / "judge"
+GUIDANCE = 3.0  # what the adapters were trained with
+
+# The shipped experts, and where their DPOK settings differ from the defaults.
+EXPERTS: dict[str, dict[str, Any]] = {"colorfulness": {}, "jpeg": {}}

@@ -1,0 +1,76 @@
+"""Opening diffusers pipelines, and drawing seeded pictures from them."""
+
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One image to make: a prompt, its place in the list of prompts, and a seed."""
+
+    prompt: str
+    index: int
+    seed: int
+
+
+def open_pipeline(model: str | Path) -> DiffusionPipeline:
+    """A diffusers folder or hub id as a pipeline in its stored float32 form, on the GPU if there is one.
+
+    Raises:
+        ValueError: a folder without `model_index.json`, a file, or an id that cannot be loaded.
+    """
+    folder = Path(model)
+    if folder.exists() and not (folder / "model_index.json").is_file():
+        raise ValueError(
+            f"{folder} is no diffusers model: it holds no model_index.json; save one with save_pretrained"
+        )
+    if not folder.exists() and (str(model).count("/") != 1 or str(model).startswith((".", "/", "~"))):
+        raise ValueError(f"no model at {model}; give a diffusers folder, or a hub id such as owner/name")
+    try:
+        pipe = DiffusionPipeline.from_pretrained(str(model), torch_dtype=torch.float32)
+    except (OSError, ValueError) as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise ValueError(f"cannot load the model {model}: {reason}") from error
+    pipe.set_progress_bar_config(disable=True)
+    return pipe.to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def draw(
+    pipe: DiffusionPipeline,
+    pictures: Sequence[Picture],
+    *,
+    steps: int,
+    guidance: float | None = None,
+    eta: float = 1.0,
+    batch_size: int = 16,
+    advance: Callable[[int], object] = lambda done: None,
+) -> Iterator[tuple[Sequence[Picture], Tensor]]:
+    """Pictures in batches: (the batch, images (n, 3, H, W) in [0, 1] on the CPU).
+
+    One CPU generator an image, so that an image depends on its own seed and prompt alone. `guidance=None` is the
+    pipeline's default; `eta` (1: DDIM's stochastic step, which the experts were trained with) reaches the pipelines
+    and schedulers that know it. `advance(k)` is called after every k pictures.
+    """
+    accepted = inspect.signature(pipe.__call__).parameters
+    options: dict[str, Any] = {"eta": eta} if "eta" in accepted else {}
+    if guidance is not None:
+        options["guidance_scale"] = guidance
+    for start in range(0, len(pictures), batch_size):
+        batch = pictures[start : start + batch_size]
+        generators = [torch.Generator().manual_seed(picture.seed) for picture in batch]
+        images = pipe(
+            prompt=[picture.prompt for picture in batch],
+            generator=generators,
+            num_inference_steps=steps,
+            output_type="pt",
+            **options,
+        ).images
+        yield batch, images.float().cpu()
+        advance(len(batch))

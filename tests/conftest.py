@@ -1,0 +1,20 @@
+"""Shapes are checked while the tests run: jaxtyping's hook must act before the packages are imported."""
+
+import os
+from pathlib import Path
+
+import pytest
+from jaxtyping import install_import_hook
+
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+# nothing that the tests do may reach a model hub
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+hook = install_import_hook(["dbtheory", "toys", "scale"], "beartype.beartype")
+
+
+@pytest.fixture(scope="session")
+def root() -> Path:
+    """The repository."""
+    return Path(__file__).resolve().parents[1]

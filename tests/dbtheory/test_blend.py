@@ -1,0 +1,266 @@
+"""The blenders: exact laws, proportions in every prefix, and no dependence on batches."""
+
+import math
+
+import pytest
+import torch
+from scipy import integrate, stats
+
+import toys
+from dbtheory import ExactExperts, MeanBlend, PrecisionBlend, Preference, SampledBlend
+from dbtheory.blend import Step, independent_choice, rotation_choice
+from dbtheory.parametrization import convert
+from tests.chance import alarms, law_p_value, mean_p_value
+
+N = 100_000
+LAWS = [
+    (0.3, 0.7),
+    (1 / math.pi, 1 - 1 / math.pi),
+    (0.5, 0.3, 0.2),
+    (1 / math.e, 1 / math.pi, 1 - 1 / math.e - 1 / math.pi),
+    (0.1, 0.2, 0.3, 0.4),
+    (0.02, 0.9, 0.05, 0.03),
+]
+CHOICES = {"iid": independent_choice, "low-discrepancy": rotation_choice}
+
+
+def phases(n, seed=0):
+    return torch.rand(n, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def ring(kind="score"):
+    toy = toys.get("ring-of-six")
+    return ExactExperts(toy.prior, toy.rewards, toy.alpha, toy.schedule, kind)
+
+
+def cloud(n=200):
+    return 2 * torch.randn(n, 2, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+
+
+def step(n, index=0, count=10):
+    return Step(index, count, 0.4, 0.3, phases(n))
+
+
+class Counting:
+    """Experts that record which of them were asked."""
+
+    def __init__(self, experts):
+        self.experts, self.asked = experts, []
+
+    def __getattr__(self, name):
+        return getattr(self.experts, name)
+
+    def predict(self, x, t, names):
+        self.asked.append(tuple(names))
+        return self.experts.predict(x, t, names)
+
+    def predict_each(self, x, t, assignment):
+        self.asked.append(len(assignment))
+        return self.experts.predict_each(x, t, assignment)
+
+
+@pytest.mark.parametrize("scale", [0.5, 1.0, 1.7])
+def test_mean_blend_is_the_weighted_sum(scale):
+    """MeanBlend is `sum_i c_i prediction_i`, base included, for lambda below and above 1."""
+    experts, x = ring(), cloud()
+    blended = MeanBlend(Preference({"east": 0.3, "north": 0.7}, scale))(experts, x, 0.4, step(200))
+    base, east, north = experts.predict(x, 0.4, ["base", "east", "north"])
+    expected = (1 - scale) * base + scale * (0.3 * east + 0.7 * north)
+    torch.testing.assert_close(blended, expected, rtol=1e-13, atol=1e-13)
+
+
+@pytest.mark.parametrize("kind", ["eps", "x0", "v"])
+@pytest.mark.parametrize("blender", [MeanBlend, SampledBlend])
+def test_blends_agree_in_every_parametrization(kind, blender):
+    """Coefficients that sum to 1 commute with affine maps: all kinds blend to one score, to 1e-10."""
+    x, scale = cloud(), 1.5 if blender is MeanBlend else 0.8
+    blend = blender(Preference({"east": 0.3, "north": 0.7}, scale))
+    for t in (0.02, 0.4, 0.95):
+        score = blend(ring("score"), x, t, step(200))
+        other = blend(ring(kind), x, t, step(200))
+        back = convert(other, x, t, ring().schedule, kind, "score")
+        assert float((back - score).abs().max() / score.abs().max()) < 1e-10
+
+
+def test_only_experts_with_weight_are_evaluated():
+    """A zero coefficient asks for nothing, and sampling asks for one prediction a sample."""
+    x = cloud()
+    for preference, asked in [
+        (Preference({"east": 0.3, "north": 0.7}), ("east", "north")),
+        (Preference({"east": 0.3, "north": 0.7}, 0.5), ("base", "east", "north")),
+        (Preference({"east": 1, "north": 0}), ("east",)),
+        (Preference({"east": 1, "north": 0}, 0), ("base",)),
+    ]:
+        experts = Counting(ring())
+        MeanBlend(preference)(experts, x, 0.4, step(200))
+        assert experts.asked == [asked]
+    experts = Counting(ring())
+    SampledBlend(Preference({"east": 0.3, "north": 0.7}))(experts, x, 0.4, step(200))
+    assert experts.asked == [200]
+
+
+@pytest.mark.parametrize("order", CHOICES)
+def test_each_step_has_the_exact_law(order):
+    """At every step each expert is drawn with its coefficient: chi-square, 1e-5 over laws and steps."""
+    draws = [(law, CHOICES[order](law, index, phases(N))) for law in LAWS for index in (0, 1, 2, 7, 49, 999)]
+    assert not alarms([law_p_value(draw, law) for law, draw in draws])
+
+
+@pytest.mark.parametrize("order", CHOICES)
+def test_wrong_probabilities_are_caught(order):
+    """Negative control: the same test alarms where each law is off by 0.01."""
+    for law in LAWS:
+        wrong = (law[0] + 0.01, *law[1:-1], law[-1] - 0.01)
+        assert alarms([law_p_value(CHOICES[order](law, index, phases(N)), wrong) for index in (0, 1, 7)])
+
+
+def test_one_phase_drawn_for_the_batch_is_caught():
+    """Negative control: one draw shared by a batch has not the law of per-sample draws."""
+    shared = rotation_choice((0.3, 0.7), 3, phases(1).expand(N))
+    assert alarms([law_p_value(shared, (0.3, 0.7))])
+
+
+def test_iid_steps_are_independent():
+    """With order "iid" successive draws are independent: chi-square on pairs. The rotation's are not."""
+    law = (0.3, 0.7)
+    pairs = [p * q for p in law for q in law]
+
+    def p_value(choice, index):
+        return law_p_value(2 * choice(law, index, phases(N)) + choice(law, index + 1, phases(N)), pairs)
+
+    assert not alarms([p_value(independent_choice, index) for index in range(5)])
+    assert alarms([p_value(rotation_choice, 0)])
+
+
+@pytest.mark.parametrize("law", LAWS)
+def test_every_prefix_holds_each_expert_in_proportion(law):
+    """After k steps the count is within 1 of k w for two experts, within m - 1 for m. iid is not."""
+    steps, n = 200, 500
+    k = torch.arange(1, steps + 1, dtype=torch.float64)[:, None]
+
+    def worst(choice):
+        draws = torch.stack([choice(law, index, phases(n)) for index in range(steps)])
+        return max(float(((draws == i).cumsum(0) - k * w).abs().max()) for i, w in enumerate(law))
+
+    assert worst(rotation_choice) <= len(law) - 1 + 1e-9
+    assert worst(independent_choice) > len(law) - 1
+
+
+@pytest.mark.parametrize("order", CHOICES)
+def test_draws_travel_with_their_sample(order):
+    """A sample's draws depend on its own phase alone: the batch may be permuted or chunked."""
+    experts, x, n = ring(), cloud(), 200
+    blend = SampledBlend(Preference({"east": 0.3, "north": 0.7}, 0.9), order)
+    whole = Step(5, 10, 0.4, 0.3, phases(n))
+    together = blend(experts, x, 0.4, whole)
+    permutation = torch.randperm(n, generator=torch.Generator().manual_seed(1))
+    permuted = blend(experts, x[permutation], 0.4, Step(5, 10, 0.4, 0.3, whole.phase[permutation]))
+    torch.testing.assert_close(permuted, together[permutation], rtol=1e-12, atol=1e-12)
+    parts = [
+        blend(experts, x[part], 0.4, Step(5, 10, 0.4, 0.3, whole.phase[part]))
+        for part in torch.arange(n).split(17)
+    ]
+    torch.testing.assert_close(torch.cat(parts), together, rtol=1e-12, atol=1e-12)
+    law = [0.1, 0.27, 0.63]
+    choice = blend.choose(law, whole)
+    assert torch.equal(
+        blend.choose(law, Step(5, 10, 0.4, 0.3, whole.phase[permutation])), choice[permutation]
+    )
+
+
+@pytest.mark.parametrize("order", CHOICES)
+def test_sampled_blend_has_the_mean_blends_mean(order):
+    """At one point the draws average to MeanBlend's prediction (MATH.md 6); other weights alarm."""
+    experts = ring()
+    x = cloud(1).expand(N, 2)
+    here = step(N, index=4)
+
+    def p_values(weight):
+        mean = MeanBlend(Preference({"east": weight, "north": 1 - weight}, 0.8))(
+            experts, x[:1], 0.4, step(1)
+        )[0]
+        return [mean_p_value(drawn[:, axis], float(mean[axis])) for axis in (0, 1)]
+
+    drawn = SampledBlend(Preference({"east": 0.3, "north": 0.7}, 0.8), order)(experts, x, 0.4, here)
+    assert not alarms(p_values(0.3))
+    assert alarms(p_values(0.32))
+
+
+@pytest.mark.parametrize(
+    ("preference", "said"),
+    [
+        (Preference({"east": 0.5, "north": 0.5}, 1.5), r"base=-0\.5.*use MeanBlend"),
+        (Preference({"east": -0.5, "north": 1.5}, allow_negative=True), r"east=-0\.5.*use MeanBlend"),
+    ],
+)
+def test_negative_coefficients_cannot_be_sampled(preference, said):
+    """lambda > 1 and negative weights have no categorical law: an error that says what to use instead."""
+    with pytest.raises(ValueError, match=said):
+        SampledBlend(preference)
+
+
+def test_bad_input():
+    """Experts that do not match the preference, and phases that do not match the batch, are ValueErrors."""
+    experts, x, halves = ring(), cloud(), Preference({"east": 0.5, "north": 0.5})
+    for blender in (MeanBlend, SampledBlend):
+        with pytest.raises(ValueError, match="unknown expert"):
+            blender(Preference({"east": 0.5, "nroth": 0.5}))(experts, x, 0.4, step(200))
+        with pytest.raises(ValueError, match="no weight for expert"):
+            blender(Preference({"east": 1.0}))(experts, x, 0.4, step(200))
+    with pytest.raises(ValueError, match="one phase a sample"):
+        SampledBlend(halves)(experts, x, 0.4, step(199))
+    with pytest.raises(ValueError, match="order must be"):
+        SampledBlend(halves, "sobol")
+
+
+def test_precision_blend_is_the_product_of_the_kernels():
+    """MSDDA: mean and variance of `prod_i N(mu_i, s_i^2)^c_i`, by quadrature of the product itself."""
+    preference = Preference({"east": 0.3, "north": 0.7}, 0.8)
+    variances = {"base": 1.0, "east": 0.5, "north": 2.0}
+    blend = PrecisionBlend(preference, variances)
+    experts, x = ring(), cloud(5)
+    means = experts.predict(x, 0.4, list(experts.names))
+    blended = blend(experts, x, 0.4, step(5))
+
+    def moments(kernels, centre):
+        def density(y, k):
+            return (y - centre) ** k * math.exp(sum(c * kernel.logpdf(y) for c, kernel in kernels))
+
+        return [integrate.quad(density, centre - 12, centre + 12, args=(k,))[0] for k in range(3)]
+
+    for i in range(5):
+        kernels = [
+            (c, stats.norm(float(means[j, i, 0]), variances[name] ** 0.5))
+            for j, (name, c) in enumerate(preference.coefficients().items())
+        ]
+        mass, first, second = moments(kernels, float(blended[i, 0]))
+        assert first / mass == pytest.approx(0.0, abs=1e-9)
+        assert second / mass == pytest.approx(blend.noise_variance, rel=1e-9)
+
+
+def test_equal_variances_are_db_mpa():
+    """Adapters that share the scheduler's variance: MSDDA is DB-MPA, for any lambda (MATH.md 7)."""
+    experts, x = ring(), cloud()
+    for scale in (0.5, 1.0, 1.8):
+        preference = Preference({"east": 0.3, "north": 0.7}, scale)
+        blend = PrecisionBlend(preference, dict.fromkeys(experts.names, 0.7))
+        expected = MeanBlend(preference)(experts, x, 0.4, step(200))
+        torch.testing.assert_close(blend(experts, x, 0.4, step(200)), expected, rtol=1e-12, atol=1e-12)
+        assert blend.noise_variance == pytest.approx(0.7)
+
+
+@pytest.mark.parametrize(
+    ("scale", "variances", "said"),
+    [
+        (2.0, {"base": 0.1, "east": 1.0, "north": 1.0}, "not positive"),
+        (1.0, {"base": 1.0, "east": 1.0}, "variances are needed"),
+        (1.0, {"base": 1.0, "east": 1.0, "north": 1.0, "south": 1.0}, "variances are needed"),
+        (1.0, {"base": 1.0, "east": -1.0, "north": 1.0}, '"east" must be positive'),
+        (1.0, {"base": 1.0, "east": 1.0, "north": math.nan}, '"north" must be positive'),
+        (1.0, {"base": math.inf, "east": 1.0, "north": 1.0}, '"base" must be positive'),
+    ],
+)
+def test_bad_variances(scale, variances, said):
+    """A precision that is not positive definite, and variances that are no variances, are ValueErrors."""
+    with pytest.raises(ValueError, match=said):
+        PrecisionBlend(Preference({"east": 0.3, "north": 0.7}, scale), variances)

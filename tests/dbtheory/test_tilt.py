@@ -1,0 +1,139 @@
+"""The tilted mixture against its definition, prior times exp(reward/alpha)."""
+
+import math
+
+import mpmath
+import pytest
+import torch
+
+from dbtheory.mixture import GaussianMixture
+from dbtheory.reward import FunctionReward, LinearReward, QuadraticReward
+from dbtheory.schedule import VPLinear
+from dbtheory.tilt import log_normalizer, tilt
+from tests.dbtheory.bayes import lattice
+from tests.dbtheory.strategies import normal, random_mixture, random_reward
+
+
+def seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.mark.parametrize("alpha", [0.05, 0.5, 3.0])
+@pytest.mark.parametrize("dim", [1, 2])
+def test_tilt_equals_quadrature(dim: int, alpha: float) -> None:
+    """Normaliser, mean and covariance of prior times exp(r/alpha), summed over a lattice."""
+    prior, reward = random_mixture(3, dim, seeded(dim)), random_reward(dim, alpha, seeded(1))
+    target = tilt(prior, reward, alpha)
+    nodes = lattice([prior, target])
+    cell = (nodes[1:] - nodes[:-1]).norm(dim=1).min() ** dim
+    log_mass = prior.log_prob(nodes) + reward(nodes) / alpha
+    weights = log_mass.softmax(0)
+    mean = weights @ nodes
+    covariance = (weights * (nodes - mean).mT) @ (nodes - mean)
+    torch.testing.assert_close(
+        log_normalizer(prior, reward, alpha), log_mass.logsumexp(0) + cell.log(), rtol=1e-11, atol=1e-11
+    )
+    torch.testing.assert_close(target.mean, mean, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(target.covariance, covariance, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("alpha", [0.01, 0.5])
+@pytest.mark.parametrize("dim", [1, 2, 3, 8])
+def test_density_is_the_definition(dim: int, alpha: float) -> None:
+    """log p_target = log p_prior + r/alpha - log Z at every point, far from the mass too (paper eq. 6)."""
+    prior, reward = random_mixture(4, dim, seeded(dim)), random_reward(dim, alpha, seeded(1))
+    x = 10 * normal((50, dim), seeded(2))
+    expected = prior.log_prob(x) + reward(x) / alpha - log_normalizer(prior, reward, alpha)
+    torch.testing.assert_close(tilt(prior, reward, alpha).log_prob(x), expected, rtol=1e-10, atol=1e-9)
+
+
+def test_tilts_compose() -> None:
+    """Tilting by two rewards in turn is tilting by their sum, and the normalisers add up."""
+    prior, r1, r2 = (random_mixture(3, 2, seeded(0)), *(random_reward(2, 0.5, seeded(i)) for i in (1, 2)))
+    once, x = tilt(prior, r1 + r2, 1.0), normal((9, 2), seeded(3))
+    first = tilt(prior, r1, 1.0)
+    torch.testing.assert_close(tilt(first, r2, 1.0).log_prob(x), once.log_prob(x), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(
+        log_normalizer(prior, r1, 1.0) + log_normalizer(first, r2, 1.0), log_normalizer(prior, r1 + r2, 1.0)
+    )
+
+
+def test_geometric_mean_of_targets() -> None:
+    """p_target(w) is proportional to the product of p_i ** w_i for weights that sum to 1 (MATH.md 2)."""
+    prior, r1, r2 = (random_mixture(3, 2, seeded(0)), *(random_reward(2, 0.5, seeded(i)) for i in (1, 2)))
+    x = normal((9, 2), seeded(3))
+    blend = tilt(prior, 0.3 * r1 + 0.7 * r2, 0.5).log_prob(x)
+    product = 0.3 * tilt(prior, r1, 0.5).log_prob(x) + 0.7 * tilt(prior, r2, 0.5).log_prob(x)
+    assert (blend - product).std() < 1e-12
+    arithmetic = 0.3 * tilt(prior, r1, 0.5).log_prob(x).exp() + 0.7 * tilt(prior, r2, 0.5).log_prob(x).exp()
+    assert (blend - arithmetic.log()).std() > 1e-2  # negative control: it is not the arithmetic mean
+
+
+def test_a_posterior_is_tilted_row_by_row() -> None:
+    """With one mixture for each row, each is tilted as it would be alone."""
+    prior, reward = random_mixture(3, 2, seeded(0)), random_reward(2, 0.5, seeded(1))
+    x, t = normal((4, 2), seeded(2)), torch.tensor([0.1, 0.3, 0.6, 1.0]).double()
+    posterior = prior.posterior(VPLinear(), x, t)
+    tilted, masses = tilt(posterior, reward, 0.5), log_normalizer(posterior, reward, 0.5)
+    for i in range(4):
+        row = GaussianMixture(posterior.weights[i], posterior.means[i], posterior.covariances[i])
+        alone = tilt(row, reward, 0.5)
+        torch.testing.assert_close(tilted.mean[i], alone.mean, rtol=1e-11, atol=1e-12)
+        torch.testing.assert_close(tilted.covariance[i], alone.covariance, rtol=1e-11, atol=1e-12)
+        torch.testing.assert_close(masses[i], log_normalizer(row, reward, 0.5), rtol=1e-11, atol=1e-12)
+
+
+def test_small_alpha_in_high_precision() -> None:
+    """alpha = 0.01 with far components: log Z of about 1e4 and weights of e^-1000 against 60 digits."""
+    means, variance, q, b, alpha = (-5.0, 0.0, 4.0), 0.7, 3.0, -40.0, 0.01
+    prior = GaussianMixture(
+        torch.full((3,), 1 / 3, dtype=torch.float64),
+        torch.tensor(means, dtype=torch.float64)[:, None],
+        torch.full((3, 1, 1), variance, dtype=torch.float64),
+    )
+    reward = QuadraticReward(torch.tensor([[q]]).double(), torch.tensor([b]).double())
+    with mpmath.workdps(60):
+        v, precision = mpmath.mpf(variance), 1 / mpmath.mpf(variance) + mpmath.mpf(q) / mpmath.mpf(alpha)
+        total = mpmath.mpf(0)
+        for m in means:
+            slope = m / v + b / mpmath.mpf(alpha)
+            total += mpmath.exp(slope**2 / (2 * precision) - m**2 / (2 * v)) / mpmath.sqrt(v * precision) / 3
+        expected = float(mpmath.log(total))
+    assert log_normalizer(prior, reward, alpha).item() == pytest.approx(expected, rel=1e-12)
+    assert tilt(prior, reward, alpha).log_weights.isfinite().all()
+
+
+def test_float32() -> None:
+    """A single-precision prior gives a single-precision target, whatever the reward's dtype."""
+    prior, reward = random_mixture(3, 2, seeded(0)), random_reward(2, 0.5, seeded(1))
+    single = tilt(prior.to(torch.float32), reward, 0.5)
+    assert single.means.dtype == torch.float32
+    torch.testing.assert_close(single.means.double(), tilt(prior, reward, 0.5).means, rtol=1e-4, atol=1e-5)
+
+
+PRIOR = GaussianMixture(torch.ones(1).double(), torch.zeros(1, 2).double(), 2 * torch.eye(2).double()[None])
+FLAT = LinearReward(torch.ones(2).double())
+
+
+@pytest.mark.parametrize("alpha", [0.0, -1.0, math.nan, math.inf])
+def test_alpha_must_be_positive(alpha: float) -> None:
+    """The strength of the KL term."""
+    with pytest.raises(ValueError, match="alpha"):
+        tilt(PRIOR, FLAT, alpha)
+
+
+@pytest.mark.parametrize("curvature", [-0.5, -0.6, -100.0])
+def test_a_target_of_infinite_mass_is_refused(curvature: float) -> None:
+    """Precision 1/2 plus Q/alpha at or below zero: exactly zero is refused in spite of rounding."""
+    reward = QuadraticReward(curvature * torch.eye(2).double(), torch.zeros(2).double())
+    with pytest.raises(ValueError, match="not positive definite"):
+        tilt(PRIOR, reward, 1.0)
+    assert tilt(PRIOR, reward, 1000.0).mean.isfinite().all()
+
+
+def test_other_rewards_are_refused() -> None:
+    """A reward of another dimension, or one that is not quadratic."""
+    with pytest.raises(ValueError, match="3 coordinates"):
+        tilt(PRIOR, LinearReward(torch.ones(3).double()), 1.0)
+    with pytest.raises(ValueError, match="QuadraticReward"):
+        tilt(PRIOR, FunctionReward(lambda x: x.sum(-1)), 1.0)
