@@ -34,7 +34,7 @@ def largest_error(got: Tensor, expected: Tensor) -> float:
 @each_schedule
 @pytest.mark.parametrize("dim", [1, 2, 3])
 def test_three_routes_agree(quantity: Callable[..., Tensor], schedule: NoiseSchedule, dim: int) -> None:
-    """Closed form, Gauss-Hermite and autograd, with one time for all points or one each, at alpha 0.5 and 0.01."""
+    """Closed form, Gauss-Hermite and autograd, one time for all points or one each, alpha 0.5 and 0.01."""
     prior = random_mixture(3, dim, seeded(dim))
     x = prior.noised(schedule, 0.5).sample(4, seeded(9))
     for alpha, t in ((0.5, 0.3), (0.01, torch.tensor([0.05, 0.3, 0.6, 0.9]).double())):
