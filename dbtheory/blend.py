@@ -84,9 +84,7 @@ class SampledBlend:
         if len(active) == 1:
             return experts.predict(x, t, active)[0]
         if step.phase.shape != x.shape[:1]:
-            raise ValueError(
-                f"one phase a sample: {x.shape[0]} samples, phase of shape {tuple(step.phase.shape)}"
-            )
+            raise ValueError(f"one phase a sample: {x.shape[0]} samples, phase of shape {tuple(step.phase.shape)}")
         choice = self.choose([coefficients[name] for name in active], step)
         index = torch.tensor([experts.names.index(name) for name in active], device=choice.device)
         return experts.predict_each(x, t, index[choice].to(x.device))
@@ -97,17 +95,13 @@ class SampledBlend:
         return draw(probabilities, step.index, step.phase)
 
 
-def independent_choice(
-    probabilities: Sequence[float], index: int, phase: Float[Tensor, " n"]
-) -> Int64[Tensor, " n"]:
+def independent_choice(probabilities: Sequence[float], index: int, phase: Float[Tensor, " n"]) -> Int64[Tensor, " n"]:
     """Draws from the categorical law, independent over samples and steps: a hash of phase and step."""
     edges = torch.tensor(probabilities, dtype=torch.float64, device=phase.device).cumsum(0)[:-1]
     return torch.searchsorted(edges, uniform(phase, index + 1), right=True)
 
 
-def rotation_choice(
-    probabilities: Sequence[float], index: int, phase: Float[Tensor, " n"]
-) -> Int64[Tensor, " n"]:
+def rotation_choice(probabilities: Sequence[float], index: int, phase: Float[Tensor, " n"]) -> Int64[Tensor, " n"]:
     """The low-discrepancy order: expert 0 at step k iff `floor((k+1) w + U) > floor(k w + U)` (MATH.md 6).
 
     More than two experts nest: the steps that expert 0 leaves are counted on their own and split again, with
@@ -148,9 +142,7 @@ class PrecisionBlend:
     def __post_init__(self) -> None:
         expected = self.preference.coefficients()
         if set(self.variances) != set(expected):
-            raise ValueError(
-                f"variances are needed for {sorted(expected)}, received {sorted(self.variances)}"
-            )
+            raise ValueError(f"variances are needed for {sorted(expected)}, received {sorted(self.variances)}")
         for name, variance in self.variances.items():
             if not (0 < float(variance) < math.inf):
                 raise ValueError(f'variance of "{name}" must be positive and finite, received {variance}')
@@ -168,10 +160,7 @@ class PrecisionBlend:
     def coefficients(self) -> dict[str, float]:
         """`rho_i`, which sum to 1."""
         total = self._precision()
-        return {
-            name: c / float(self.variances[name]) / total
-            for name, c in self.preference.coefficients().items()
-        }
+        return {name: c / float(self.variances[name]) / total for name, c in self.preference.coefficients().items()}
 
     def __call__(self, experts: Experts, x: Points, t: Tensor | float, step: Step) -> Points:
         self.preference.validate(experts.names)
@@ -181,9 +170,7 @@ class PrecisionBlend:
         return sum(c / float(self.variances[name]) for name, c in self.preference.coefficients().items())
 
 
-def _weighted_sum(
-    experts: Experts, x: Tensor, t: Tensor | float, coefficients: Mapping[str, float]
-) -> Tensor:
+def _weighted_sum(experts: Experts, x: Tensor, t: Tensor | float, coefficients: Mapping[str, float]) -> Tensor:
     active = [name for name in experts.names if coefficients[name] != 0]
     predictions = experts.predict(x, t, active)
     if len(active) == 1:

@@ -65,9 +65,7 @@ class ExactExperts:
         parametrization: str = "score",
     ) -> None:
         if not rewards or BASE in rewards:
-            raise ValueError(
-                f'rewards need at least one name, none of them "{BASE}"; received {list(rewards)}'
-            )
+            raise ValueError(f'rewards need at least one name, none of them "{BASE}"; received {list(rewards)}')
         if parametrization not in get_args(Parametrization):
             raise ValueError(
                 f"parametrization must be one of {get_args(Parametrization)}, received {parametrization!r}"
@@ -81,9 +79,7 @@ class ExactExperts:
         self.dtype: torch.dtype = prior.means.dtype
         self.device: torch.device = prior.means.device
 
-    def predict(
-        self, x: Float[Tensor, "n d"], t: Tensor | float, names: Sequence[str]
-    ) -> Float[Tensor, "m n d"]:
+    def predict(self, x: Float[Tensor, "n d"], t: Tensor | float, names: Sequence[str]) -> Float[Tensor, "m n d"]:
         """Every named expert at every point; t in (0, 1], one for all or one a point `(n,)`."""
         unknown = [name for name in names if name not in self.targets]
         if unknown or not names:
@@ -97,9 +93,7 @@ class ExactExperts:
         prediction = torch.empty_like(x)
         used = torch.unique(assignment).tolist()
         if used and not 0 <= used[0] <= used[-1] < len(self.names):
-            raise ValueError(
-                f"assignment must index the {len(self.names)} experts {self.names}, received {used}"
-            )
+            raise ValueError(f"assignment must index the {len(self.names)} experts {self.names}, received {used}")
         times = torch.as_tensor(t)
         for index in used:
             mine = assignment == index

@@ -9,17 +9,13 @@ from torch import Tensor
 from dbtheory.mixture import GaussianMixture
 
 
-def sliced_w2(
-    x: Float[Tensor, "n d"], y: Float[Tensor, "m _"], *, projections: int = 200, seed: int = 0
-) -> float:
+def sliced_w2(x: Float[Tensor, "n d"], y: Float[Tensor, "m _"], *, projections: int = 200, seed: int = 0) -> float:
     """Sliced 2-Wasserstein distance of two samples: root mean square of the 1-D distances.
 
     The directions depend on `seed` and d alone, so that distances under one seed are comparable.
     """
     if x.shape[-1] != y.shape[-1]:
-        raise ValueError(
-            f"samples must share their dimension, received {tuple(x.shape)} and {tuple(y.shape)}"
-        )
+        raise ValueError(f"samples must share their dimension, received {tuple(x.shape)} and {tuple(y.shape)}")
     generator = torch.Generator().manual_seed(seed)
     directions = torch.randn(x.shape[-1], projections, generator=generator, dtype=torch.float64)
     directions = (directions / directions.norm(dim=0)).numpy()
@@ -43,15 +39,11 @@ def gaussian_w2(
     cov_2: Float[Tensor, "d d"],
 ) -> float:
     """2-Wasserstein distance of two Gaussians (Bures metric)."""
-    distance = ot.gaussian.bures_wasserstein_distance(
-        _array(mean_1), _array(mean_2), _array(cov_1), _array(cov_2)
-    )
+    distance = ot.gaussian.bures_wasserstein_distance(_array(mean_1), _array(mean_2), _array(cov_1), _array(cov_2))
     return np.asarray(distance).item()
 
 
-def kl_estimate(
-    p: GaussianMixture, q: GaussianMixture, n: int, generator: torch.Generator
-) -> tuple[float, float]:
+def kl_estimate(p: GaussianMixture, q: GaussianMixture, n: int, generator: torch.Generator) -> tuple[float, float]:
     """Monte Carlo estimate of `KL(p || q)` from `n` draws of p, and its standard error."""
     x = p.sample(n, generator=generator)
     ratio = p.log_prob(x) - q.log_prob(x)

@@ -104,13 +104,9 @@ class GaussianMixture:
     def sample(self, n: int, generator: torch.Generator) -> Float[Tensor, "n d"]:
         """`n` independent draws; ValueError where there is one mixture for each row."""
         if self.is_batched:
-            raise ValueError(
-                "sample needs a single mixture, got one for each row; sample a row's own mixture"
-            )
+            raise ValueError("sample needs a single mixture, got one for each row; sample a row's own mixture")
         k = torch.multinomial(self.weights, n, replacement=True, generator=generator)
-        noise = torch.randn(
-            n, self.dim, generator=generator, dtype=self.means.dtype, device=self.means.device
-        )
+        noise = torch.randn(n, self.dim, generator=generator, dtype=self.means.dtype, device=self.means.device)
         whitened = self.eigenvalues.expand_as(self.means)[k].sqrt() * noise
         return self.means[k] + apply_each(self.eigenvectors[k], whitened)
 
@@ -239,17 +235,11 @@ def _decompose(covariances: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _require_shapes(weights: Tensor, means: Tensor, covariances: Tensor) -> None:
-    if (
-        means.ndim != 2
-        or weights.shape != means.shape[:1]
-        or covariances.shape != (*means.shape, means.shape[1])
-    ):
+    if means.ndim != 2 or weights.shape != means.shape[:1] or covariances.shape != (*means.shape, means.shape[1]):
         shapes = ", ".join(str(tuple(part.shape)) for part in (weights, means, covariances))
         raise ValueError(f"weights, means, covariances must be (K,), (K, d), (K, d, d), got {shapes}")
     if means.numel() == 0 or not means.is_floating_point():
-        raise ValueError(
-            f"means must be floating and not empty, got {means.dtype} of shape {tuple(means.shape)}"
-        )
+        raise ValueError(f"means must be floating and not empty, got {means.dtype} of shape {tuple(means.shape)}")
     if not all(bool(part.isfinite().all()) for part in (weights, means, covariances)):
         raise ValueError("weights, means and covariances must be finite, got NaN or infinity")
 
@@ -257,6 +247,4 @@ def _require_shapes(weights: Tensor, means: Tensor, covariances: Tensor) -> None
 def _require_simplex(weights: Tensor) -> None:
     total = weights.sum(dtype=torch.float64).item()
     if bool((weights < 0).any()) or abs(total - 1) > 1e-6:
-        raise ValueError(
-            f"weights must be >= 0 and sum to 1, got {weights.tolist()} with sum {total:.9g}; normalise"
-        )
+        raise ValueError(f"weights must be >= 0 and sum to 1, got {weights.tolist()} with sum {total:.9g}; normalise")

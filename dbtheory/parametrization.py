@@ -75,6 +75,4 @@ def _nonzero(scale: Tensor, what: str) -> Tensor:
 def _require_kinds(*kinds: str) -> None:
     for kind in kinds:
         if kind not in get_args(Parametrization):
-            raise ValueError(
-                f"unknown parametrisation {kind!r}; use one of {', '.join(get_args(Parametrization))}"
-            )
+            raise ValueError(f"unknown parametrisation {kind!r}; use one of {', '.join(get_args(Parametrization))}")

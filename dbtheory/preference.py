@@ -26,23 +26,15 @@ class Preference:
     values: tuple[float, ...]
     kl_scale: float
 
-    def __init__(
-        self, weights: Mapping[str, Any], kl_scale: Any = 1.0, *, allow_negative: bool = False
-    ) -> None:
+    def __init__(self, weights: Mapping[str, Any], kl_scale: Any = 1.0, *, allow_negative: bool = False) -> None:
         if not weights:
-            raise ValueError(
-                'a preference needs at least one weight, received none; e.g. Preference({"jpeg": 1.0})'
-            )
+            raise ValueError('a preference needs at least one weight, received none; e.g. Preference({"jpeg": 1.0})')
         if BASE in weights:
-            raise ValueError(
-                f'"{BASE}" takes no weight of its own; its coefficient is 1 - kl_scale, so set kl_scale'
-            )
+            raise ValueError(f'"{BASE}" takes no weight of its own; its coefficient is 1 - kl_scale, so set kl_scale')
         values = [_weight(name, value, allow_negative) for name, value in weights.items()]
         total = sum(values)
         if abs(total - 1.0) > SUM_TOLERANCE:
-            raise ValueError(
-                f"weights must sum to 1, received {_listing(weights)} with sum {total:.8g}; rescale them"
-            )
+            raise ValueError(f"weights must sum to 1, received {_listing(weights)} with sum {total:.8g}; rescale them")
         scale = _number("kl_scale", kl_scale)
         if scale < 0:
             raise ValueError(f"kl_scale must be at least 0 (0 is the base model), received {scale}")
@@ -69,22 +61,16 @@ class Preference:
         known = [name for name in names if name != BASE]
         unknown = [name for name in self.names if name not in known]
         if unknown:
-            raise ValueError(
-                f"weight for unknown expert {_quoted(unknown)}; the experts are {_quoted(known)}"
-            )
+            raise ValueError(f"weight for unknown expert {_quoted(unknown)}; the experts are {_quoted(known)}")
         missing = [name for name in known if name not in self.names]
         if missing:
-            raise ValueError(
-                f"no weight for expert {_quoted(missing)}; give every expert one, 0 to leave it out"
-            )
+            raise ValueError(f"no weight for expert {_quoted(missing)}; give every expert one, 0 to leave it out")
 
 
 def _weight(name: str, value: Any, allow_negative: bool) -> float:
     weight = _number(f'weight of "{name}"', value)
     if weight < 0 and not allow_negative:
-        raise ValueError(
-            f'weight of "{name}" is negative: {weight}; use at least 0, or say allow_negative=True'
-        )
+        raise ValueError(f'weight of "{name}" is negative: {weight}; use at least 0, or say allow_negative=True')
     return weight
 
 

@@ -116,11 +116,7 @@ def sample(
     schedule, shape = experts.schedule, (n, *experts.event_shape)
     times = _checked_grid(time_grid(schedule, steps) if grid is None else grid, steps)
     draw = _drawer(generator, experts)
-    x = (
-        draw(shape) * schedule.sigma(times[0]).to(experts.dtype)
-        if x_T is None
-        else _shaped("x_T", x_T, shape)
-    )
+    x = draw(shape) * schedule.sigma(times[0]).to(experts.dtype) if x_T is None else _shaped("x_T", x_T, shape)
     phase = draw((n,), uniform=True) if phase is None else _shaped("phase", phase, (n,))
     noise = None if noise is None else _shaped("noise", noise, (steps, *shape))
     scale = blender.noise_variance**0.5 if isinstance(blender, PrecisionBlend) else 1.0

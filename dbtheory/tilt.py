@@ -79,9 +79,7 @@ def require_alpha(alpha: Scale) -> float:
 def require_quadratic(reward: Reward, dim: int) -> QuadraticReward:
     """The reward itself; ValueError unless it is quadratic with `dim` coordinates."""
     if not isinstance(reward, QuadraticReward):
-        raise ValueError(
-            f"a closed form needs a QuadraticReward, got {type(reward).__name__}; use quadrature"
-        )
+        raise ValueError(f"a closed form needs a QuadraticReward, got {type(reward).__name__}; use quadrature")
     if reward.dim != dim:
         raise ValueError(f"the reward has {reward.dim} coordinates and the mixture {dim}")
     return reward

@@ -1,4 +1,4 @@
-"""The blenders of `dbtheory` on diffusers pipelines. `import scale` is light: diffusers loads with the first `attach`."""
+"""The blenders of `dbtheory` on diffusers pipelines. `import scale` is light: diffusers loads with `attach`."""
 
 from typing import TYPE_CHECKING
 

@@ -4,9 +4,9 @@ import contextlib
 import json
 import math
 import pickle
+import re
 import warnings
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -61,11 +61,11 @@ def load_adapter(pipe: DiffusionPipeline, path: str | Path, name: str) -> None:
     _check_values(weights, file)
     weights, alphas = _to_peft(pipe, weights, component, file)
     _check_shapes(denoiser, weights, component, file)
-    scaling = _Scaling(alphas, _settings(header, component, file))
+    scales = _scales(weights, alphas, _settings(header, component, file), component, file)
     try:
         with _quiet():
             denoiser.load_lora_adapter(weights, prefix=component, adapter_name=name)
-        _prepare(denoiser, name, scaling)
+        _prepare(denoiser, name, scales)
     except Exception as error:  # whatever peft and diffusers think of a file that passed every check above
         raise ValueError(f"{file} cannot be loaded: {_first_line(error)}") from error
 
@@ -78,11 +78,11 @@ def _check_name(name: str, denoiser: nn.Module) -> None:
         raise ValueError(f"no adapter can be named {name!r}; choose a name without dots, and not base")
 
 
-def _prepare(denoiser: nn.Module, name: str, scaling: "_Scaling") -> None:
+def _prepare(denoiser: nn.Module, name: str, scales: Mapping[str, float]) -> None:
     """Give the new adapter's layers their scaling, and freeze them."""
     for module, layer in denoiser.named_modules():
         if isinstance(layer, LoraLayer) and name in layer.lora_A:
-            layer.scaling[name] = scaling(_plain(module), layer.r[name])
+            layer.scaling[name] = scales[_plain(module)]
             # loading leaves LoRA layers in train mode, where a saved dropout would make two equal calls differ
             layer.eval().requires_grad_(False)
             layer.lora_A[name].to(denoiser.dtype)
@@ -174,7 +174,7 @@ def _to_peft(
 
 
 def _from_kohya(pipe: Any, given: dict[str, Tensor], component: str, file: Path) -> dict[str, Tensor]:
-    """diffusers' names for kohya's keys, where all are kohya's; SDXL's block numbers follow from the UNet's settings."""
+    """diffusers' names for kohya's keys, if all are kohya's; SDXL's block numbers follow from the UNet's settings."""
     if not (given and all(key.startswith(("lora_unet_", "lora_transformer_")) for key in given)):
         return given
     options = {"unet_config": pipe.unet.config} if component == "unet" else {}
@@ -213,18 +213,22 @@ def _settings(header: str | None, component: str, file: Path) -> dict[str, Any]:
     return settings
 
 
-@dataclass(frozen=True)
-class _Scaling:
-    """`alpha / rank` of a module: its own alpha, else the header's, else the rank."""
-
-    alphas: Mapping[str, float]
-    settings: Mapping[str, Any]
-
-    def __call__(self, module: str, rank: int) -> float:
-        patterns = self.settings.get("alpha_pattern") or {}
-        default = self.settings.get("lora_alpha", rank)
-        alpha = self.alphas.get(module, patterns.get(get_pattern_key(patterns, module), default))
-        return alpha / (rank**0.5 if self.settings.get("use_rslora") else rank)
+def _scales(
+    weights: Mapping[str, Tensor], alphas: Mapping[str, float], settings: Mapping[str, Any], component: str, file: Path
+) -> dict[str, float]:
+    """`alpha / rank` by module: its own alpha, else the header's, else the rank."""
+    patterns, scales = settings.get("alpha_pattern") or {}, {}
+    for key, value in weights.items():
+        module, _, factor = key.removeprefix(f"{component}.").rpartition(".lora_")
+        if factor == "A.weight":
+            rank = value.shape[0]
+            try:
+                pattern = get_pattern_key(patterns, module)
+            except re.error as error:
+                raise ValueError(f"{file} has LoRA settings in its header that cannot be read: {error}") from error
+            alpha = alphas.get(module, patterns.get(pattern, settings.get("lora_alpha", rank)))
+            scales[module] = alpha / (rank**0.5 if settings.get("use_rslora") else rank)
+    return scales
 
 
 def _check_shapes(denoiser: nn.Module, weights: Mapping[str, Tensor], component: str, file: Path) -> None:

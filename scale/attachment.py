@@ -37,9 +37,9 @@ def attach(
     if getattr(denoiser, "peft_config", None):
         attached = HOOK in getattr(getattr(denoiser, "_diffusers_hook", None), "hooks", {})
         raise ValueError(
-            "this denoiser already has a blend attached; detach it first, or set knob.preference"
+            "the denoiser already has a blend attached; detach it first, or set knob.preference"
             if attached
-            else f"this denoiser already has adapters ({', '.join(denoiser.peft_config)}); call pipe.unload_lora_weights()"
+            else f"the denoiser already has adapters, {', '.join(denoiser.peft_config)}; call pipe.unload_lora_weights()"
         )
     try:
         for name, path in adapters.items():
@@ -120,7 +120,7 @@ class Clock:
         self.phase = torch.empty(0)
 
     def step(self, scheduler: Any, x: Tensor, t: Tensor) -> Step:
-        """Where this call of the denoiser stands. A pipeline call sets its scheduler's timesteps anew: a new trajectory."""
+        """Where this call stands; a pipeline call sets its scheduler's timesteps anew, which starts a trajectory."""
         if scheduler.timesteps is not self.timesteps or len(self.phase) != len(x):
             self.timesteps, self.index, self.phase = scheduler.timesteps, 0, phases(x)
         index, self.index = self.index, self.index + 1
@@ -137,9 +137,7 @@ def phases(x: Tensor) -> Tensor:
     """
     rows = x.detach().to("cpu", torch.float32).flatten(1).numpy()
     digests = [hashlib.blake2b(row.tobytes(), digest_size=8).digest() for row in rows]
-    return torch.tensor(
-        [(int.from_bytes(digest, "big") >> 11) / 2**53 for digest in digests], dtype=torch.float64
-    )
+    return torch.tensor([(int.from_bytes(digest, "big") >> 11) / 2**53 for digest in digests], dtype=torch.float64)
 
 
 def _output_class(module: torch.nn.Module) -> type:

@@ -7,11 +7,15 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import tyro
-from tyro.conf import subcommand
+from tyro.conf import UseAppendAction, subcommand
+
+# a flag with several words that may also be repeated: one tuple for each time it is given
+Words = UseAppendAction[tuple[tuple[str, ...], ...]]
 
 
 @dataclass(frozen=True)
@@ -37,7 +41,7 @@ class Generate:
     """What to draw."""
     prompt_file: Path | None = None
     """A JSON list of prompts, or a text file with one a line."""
-    weights: tuple[str, ...] = ()
+    weights: Words = ()
     """NAME=WEIGHT of each adapter; they sum to 1. The small world has colorfulness and jpeg."""
     kl_scale: float = 1.0
     """lambda: 0 is the base model, 1 the adapters as trained, above 1 further still."""
@@ -45,7 +49,7 @@ class Generate:
     """base, mpa, kla (one adapter) or mpa-ls (one adapter a step, at the cost of one model)."""
     model: str | None = None
     """A diffusers folder or hub id; the shipped small world if not given."""
-    adapter: tuple[str, ...] = ()
+    adapter: Words = ()
     """NAME=PATH of each LoRA file or folder."""
     seed: int = 0
     """Seed of the first image of each prompt; the next has the next seed."""
@@ -66,8 +70,8 @@ class Generate:
         if bool(self.prompt) == bool(self.prompt_file):
             raise ValueError("give either --prompt TEXT or --prompt-file FILE")
         prompts = read_prompts(self.prompt_file) if self.prompt_file else [self.prompt]
-        weights = parse_weights(self.weights) if self.method != "base" else {}
-        adapters = parse_adapters(self.adapter)
+        weights = parse_weights(list(chain(*self.weights))) if self.method != "base" else {}
+        adapters = parse_adapters(list(chain(*self.adapter)))
         from scale.generate import Request, generate
 
         request = Request(
@@ -131,6 +135,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     command = _parse(sys.argv[1:] if arguments is None else arguments)
     try:
         command.run()
+    except ModuleNotFoundError as error:
+        _fail(f"{error}; this command needs the extra packages: pip install 'diffusion-blend[scale]'")
     except (ValueError, OSError) as error:
         _fail(str(error))
     except KeyboardInterrupt:

@@ -6,10 +6,11 @@ from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
-from jaxtyping import Float, Int64
+from jaxtyping import Int64
 from peft.tuners.lora import LoraLayer
 from torch import Tensor
 
+from dbtheory.experts import Points
 from dbtheory.parametrization import Parametrization
 from dbtheory.preference import BASE
 from dbtheory.schedule import VPDiscrete
@@ -27,9 +28,7 @@ class AdapterSwitch:
     def __init__(self, denoiser: torch.nn.Module) -> None:
         self.layers: list[LoraLayer] = lora_layers(denoiser)
         self.rows: list[str] | None = None
-        self._handles = [
-            layer.register_forward_pre_hook(self._name_rows, with_kwargs=True) for layer in self.layers
-        ]
+        self._handles = [layer.register_forward_pre_hook(self._name_rows, with_kwargs=True) for layer in self.layers]
 
     def remove(self) -> None:
         """Take the row hooks off the layers."""
@@ -89,10 +88,8 @@ class LoraExperts:
         """The same experts under the denoiser's other arguments, e.g. `encoder_hidden_states (n, tokens, width)`."""
         return replace(self, conditioning=conditioning)
 
-    def predict(
-        self, x: Float[Tensor, "n *event"], t: Tensor | float, names: Sequence[str]
-    ) -> Float[Tensor, "m n *event"]:
-        """Every named expert at every point, in one forward of `len(names) * n` rows.
+    def predict(self, x: Points, t: Tensor | float, names: Sequence[str]) -> Tensor:
+        """Every named expert at every point: (len(names), *x.shape), in one forward of `len(names) * n` rows.
 
         Raises:
             ValueError: an unknown name, or none.
@@ -106,15 +103,11 @@ class LoraExperts:
         out = self._evaluate(rows, *repeated, tile(dict(self.conditioning or {}), n, m))
         return out.unflatten(0, (m, n))
 
-    def predict_each(
-        self, x: Float[Tensor, "n *event"], t: Tensor | float, assignment: Int64[Tensor, " n"]
-    ) -> Float[Tensor, "n *event"]:
+    def predict_each(self, x: Points, t: Tensor | float, assignment: Int64[Tensor, " n"]) -> Points:
         """One expert a row, in one forward of `n` rows: `assignment (n,)` indexes `names`; ValueError outside it."""
         chosen = assignment.tolist()
         if not all(0 <= i < len(self.names) for i in chosen):
-            raise ValueError(
-                f"assignment must index the {len(self.names)} experts {self.names}, received {chosen}"
-            )
+            raise ValueError(f"assignment must index the {len(self.names)} experts {self.names}, received {chosen}")
         rows = [self.names[i] for i in chosen]
         return self._evaluate(rows, x, torch.as_tensor(t, device=x.device), dict(self.conditioning or {}))
 

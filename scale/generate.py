@@ -1,9 +1,10 @@
 """`dblend generate`: prompts in, PNG files and the record of what made them out."""
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from scale.progress import progress_bar
 from scale.rewards import SCORERS, Scorer, load_scorer
 
 RECORD = "generation.json"
+LAST_SEED = 2**63 - 1  # torch takes more, but not every record of them does
 PACKAGES = ("diffusion-blend", "torch", "diffusers", "peft", "transformers")
 
 
@@ -48,8 +50,12 @@ class Request:
         for name in ("num", "steps", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, received {getattr(self, name)}")
-        if self.seed < 0:
-            raise ValueError(f"seed must be at least 0, received {self.seed}")
+        if not 0 <= self.seed <= LAST_SEED - self.num:
+            raise ValueError(f"seeds must lie in [0, 2**63), received {self.seed} for the first of {self.num}")
+        if not 0 <= self.eta <= 1:
+            raise ValueError(f"eta must lie in [0, 1], received {self.eta}")
+        if self.guidance is not None and not math.isfinite(self.guidance):
+            raise ValueError(f"guidance must be finite, received {self.guidance}")
         if not any(prompt.strip() for prompt in self.prompts):
             raise ValueError("no prompt; give --prompt TEXT or --prompt-file FILE")
         if self.out.exists() and not self.out.is_dir():
@@ -64,12 +70,15 @@ class Request:
         """The adapters that the weights name; ValueError for a name without an adapter."""
         if self.method == "base":
             return {}
+        if not self.weights:
+            raise ValueError(f"the method {self.method} needs weights; give --weights NAME=WEIGHT of each adapter")
         shipped = {path.name: path for path in mini.ADAPTERS.glob("*/")} if self.model is None else {}
         known = {**shipped, **(self.adapters or {})}
         unknown = [name for name in self.weights if name not in known]
         if unknown:
             raise ValueError(
-                f"no adapter for the weight of {', '.join(unknown)}; the adapters are {', '.join(sorted(known)) or 'none'}"
+                f"no adapter for the weight of {', '.join(unknown)}; "
+                f"the adapters are {', '.join(sorted(known)) or 'none'}"
             )
         return {name: known[name] for name in self.weights}
 
@@ -78,7 +87,8 @@ def generate(request: Request) -> Path:
     """Make the images of a request; returns the path of the record, which is brought up to date after every batch.
 
     Raises:
-        ValueError: anything wrong with the request, before the model is loaded.
+        ValueError: anything wrong with the request (before the model is loaded), the model or the adapters.
+        OSError: a picture or the record cannot be written; what was written before stays.
     """
     adapters = request.chosen_adapters()
     if request.preference is not None:
@@ -92,9 +102,9 @@ def generate(request: Request) -> Path:
         for index, prompt in enumerate(request.prompts)
         for i in range(request.num)
     ]
-    record = _settings(request, adapters, type(pipe.scheduler).__name__, guidance)
     scorers = [load_scorer(name) for name in SCORERS]
     request.out.mkdir(parents=True, exist_ok=True)
+    record = _settings(request, adapters, type(pipe.scheduler).__name__, guidance)
     with progress_bar() as bar:
         task = bar.add_task("images", total=len(pictures), note="")
         for batch, images in draw(
@@ -103,15 +113,11 @@ def generate(request: Request) -> Path:
         ):  # fmt: skip
             for picture, image in zip(batch, images, strict=True):
                 record["images"].append(_save(picture, image, scorers, request.out))
-            write_atomically(
-                request.out / RECORD, lambda path: path.write_text(json.dumps(record, indent=1) + "\n")
-            )
+            write_atomically(request.out / RECORD, lambda path: path.write_text(json.dumps(record, indent=1) + "\n"))
     return request.out / RECORD
 
 
-def _settings(
-    request: Request, adapters: Mapping[str, Path], scheduler: str, guidance: float | None
-) -> dict[str, Any]:
+def _settings(request: Request, adapters: Mapping[str, Path], scheduler: str, guidance: float | None) -> dict[str, Any]:
     preference = request.preference
     return {
         "model": request.model or "the shipped small world",
@@ -119,17 +125,22 @@ def _settings(
         "weights": preference.weights if preference else {},
         "kl_scale": preference.kl_scale if preference else 0.0,
         "coefficients": preference.coefficients() if preference else {"base": 1.0},
-        "adapters": {
-            name: path.name if request.model is None else str(path) for name, path in adapters.items()
-        },
+        "adapters": {name: path.name if request.model is None else str(path) for name, path in adapters.items()},
         "scheduler": scheduler,
         "steps": request.steps,
         "guidance": guidance,
         "eta": request.eta,
         "batch_size": request.batch_size,
-        "versions": {name: version(name) for name in PACKAGES},
+        "versions": {name: _version(name) for name in PACKAGES},
         "images": [],
     }
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"  # this one, when it runs from a checkout
 
 
 def _save(picture: Picture, image: Tensor, scorers: Sequence[Scorer], out: Path) -> dict[str, Any]:

@@ -6,7 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
+import transformers
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
@@ -24,20 +26,24 @@ def open_pipeline(model: str | Path) -> DiffusionPipeline:
     """A diffusers folder or hub id as a pipeline in its stored float32 form, on the GPU if there is one.
 
     Raises:
-        ValueError: a folder without `model_index.json`, a file, or an id that cannot be loaded.
+        ValueError: a folder without `model_index.json`, a file, an id that cannot be loaded, or a pipeline that needs
+            more than a prompt.
     """
     folder = Path(model)
     if folder.exists() and not (folder / "model_index.json").is_file():
-        raise ValueError(
-            f"{folder} is no diffusers model: it holds no model_index.json; save one with save_pretrained"
-        )
+        raise ValueError(f"{folder} is no diffusers model: it holds no model_index.json; save one with save_pretrained")
     if not folder.exists() and (str(model).count("/") != 1 or str(model).startswith((".", "/", "~"))):
         raise ValueError(f"no model at {model}; give a diffusers folder, or a hub id such as owner/name")
+    for library in (diffusers.utils.logging, transformers.utils.logging):
+        library.disable_progress_bar()  # one bar for every part of the model
     try:
         pipe = DiffusionPipeline.from_pretrained(str(model), torch_dtype=torch.float32)
-    except (OSError, ValueError) as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
+    except Exception as error:  # a broken folder makes diffusers raise nearly anything
+        reason = next(iter(str(error).splitlines()), "") or type(error).__name__
         raise ValueError(f"cannot load the model {model}: {reason}") from error
+    accepted = inspect.signature(pipe.__call__).parameters
+    if "prompt" not in accepted or "image" in accepted:
+        raise ValueError(f"{type(pipe).__name__} of {model} does not make images from prompts alone")
     pipe.set_progress_bar_config(disable=True)
     return pipe.to("cuda" if torch.cuda.is_available() else "cpu")
 

@@ -1,5 +1,6 @@
 """The progress bar of everything that takes long."""
 
+from rich.console import Console
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -11,7 +12,11 @@ from rich.progress import (
 
 
 def progress_bar() -> Progress:
-    """Counts, elapsed and remaining time, and a free `note`; tasks are added with `note=""`."""
+    """Counts, elapsed and remaining time, and a free `note`; tasks are added with `note=""`.
+
+    It is drawn on standard error, and only on a terminal: results go to standard output, and logs hold what went wrong.
+    """
+    console = Console(stderr=True)
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -19,4 +24,6 @@ def progress_bar() -> Progress:
         TimeElapsedColumn(),
         TimeRemainingColumn(),
         TextColumn("{task.fields[note]}"),
+        console=console,
+        disable=not console.is_terminal,
     )

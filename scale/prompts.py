@@ -13,23 +13,21 @@ def read_prompts(path: Path) -> list[str]:
         ValueError: no such file, text that is not UTF-8, JSON that is no list of strings, or no prompt in it.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")  # editors on Windows put a mark before the text
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"cannot read the prompt file {path}: {error}") from error
-    if path.suffix != ".json":
+    if path.suffix.lower() != ".json":
         prompts = [line.strip() for line in text.splitlines()]
     else:
         try:
             prompts = json.loads(text)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"the prompt file {path} is no JSON: {error}") from error
         if not isinstance(prompts, list) or not all(isinstance(prompt, str) for prompt in prompts):
             raise ValueError(f'the prompt file {path} must be a JSON list of strings, e.g. ["a red car"]')
     prompts = [prompt for prompt in prompts if prompt.strip()]
     if not prompts:
-        raise ValueError(
-            f"the prompt file {path} holds no prompt; write one a line, or a JSON list of strings"
-        )
+        raise ValueError(f"the prompt file {path} holds no prompt; write one a line, or a JSON list of strings")
     return prompts
 
 

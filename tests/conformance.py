@@ -91,12 +91,8 @@ def check_one_hot(experts: Experts, x: Tensor, t: Tensor | float) -> None:
             weights[experts.names[1]] = 1.0
         preference = Preference(weights, kl_scale=float(winner != "base"))
         single = experts.predict(x, t, [winner])[0]
-        assert torch.equal(MeanBlend(preference)(experts, x, t, step), single), (
-            f"MeanBlend differs on {winner}"
-        )
-        assert torch.equal(SampledBlend(preference)(experts, x, t, step), single), (
-            f"SampledBlend differs on {winner}"
-        )
+        assert torch.equal(MeanBlend(preference)(experts, x, t, step), single), f"MeanBlend differs on {winner}"
+        assert torch.equal(SampledBlend(preference)(experts, x, t, step), single), f"SampledBlend differs on {winner}"
 
 
 def check_inputs_survive(experts: Experts, x: Tensor, t: Tensor | float) -> None:

@@ -89,9 +89,7 @@ def _draws(
     grid = time_grid(toy.schedule, steps, power=2.0)
     for name, (experts, blender) in plan.items():
         noise = torch.Generator().manual_seed(seed + 1)
-        draws[name] = sample(
-            experts, blender, samples, steps, noise, method="euler", grid=grid, progress=ticks
-        )
+        draws[name] = sample(experts, blender, samples, steps, noise, method="euler", grid=grid, progress=ticks)
     return target, references, draws
 
 

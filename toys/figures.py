@@ -1,7 +1,5 @@
 """Figures of the toys, by matplotlib without a display: only `save` touches the disk."""
 
-import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +10,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from dbtheory.files import write_atomically
 from dbtheory.mixture import GaussianMixture
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart.
@@ -49,39 +48,22 @@ def cloud_grid(
     return figure
 
 
-def _draw(
-    axis: Axes, target: GaussianMixture, panel: Panel, colour: str, half_width: float, shown: int
-) -> None:
+def _draw(axis: Axes, target: GaussianMixture, panel: Panel, colour: str, half_width: float, shown: int) -> None:
     line = torch.linspace(-half_width, half_width, 161, dtype=torch.float64)
     x, y = torch.meshgrid(line, line, indexing="xy")
     log_density = target.log_prob(torch.stack([x, y], dim=-1).reshape(-1, 2)).reshape(x.shape)
     # levels a factor 10 apart below the mode show where mass belongs, however little of it
     levels = (log_density.max() + torch.tensor([-6.9, -4.6, -2.3, 0.0])).tolist()
-    axis.contourf(
-        x.numpy(), y.numpy(), log_density.numpy(), levels=levels, colors=["#eeeeee", "#dcdcdc", "#c4c4c4"]
-    )
+    axis.contourf(x.numpy(), y.numpy(), log_density.numpy(), levels=levels, colors=["#eeeeee", "#dcdcdc", "#c4c4c4"])
     points = panel.samples[:shown].cpu().numpy()
     axis.scatter(points[:, 0], points[:, 1], s=2.0, c=colour, alpha=0.45, linewidths=0, rasterized=True)
-    axis.text(
-        0.5, 0.025, panel.note, transform=axis.transAxes, ha="center", va="bottom", fontsize=10, color=INK
-    )
-    axis.set(
-        xlim=(-half_width, half_width), ylim=(-half_width, half_width), aspect="equal", xticks=[], yticks=[]
-    )
+    axis.text(0.5, 0.025, panel.note, transform=axis.transAxes, ha="center", va="bottom", fontsize=10, color=INK)
+    axis.set(xlim=(-half_width, half_width), ylim=(-half_width, half_width), aspect="equal", xticks=[], yticks=[])
     for spine in axis.spines.values():
         spine.set_color("#bbbbbb")
 
 
 def save(figure: Figure, path: Path) -> Path:
     """Write the figure as PNG, atomically: a reader sees the old file or the new one, never a part of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=".png")
-    os.close(handle)
-    try:
-        figure.savefig(temporary, dpi=150, facecolor="white")
-        os.chmod(temporary, 0o644)  # mkstemp's files are private
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=150, facecolor="white"))
     return path

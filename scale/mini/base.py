@@ -30,12 +30,8 @@ def pictures(
         for _ in track(range(count), "pictures"):
             prompt = str(rng.choice(singles if rng.random() < 0.3 else prompts))
             images.append(world.render(world.parse(prompt), rng))
-            captions.append(
-                world.caption(tuple(_mislabel(thing, wrong_colours, rng) for thing in world.parse(prompt)))
-            )
-        write_atomically(
-            path, lambda temporary: np.savez(temporary, images=np.stack(images), captions=captions)
-        )
+            captions.append(world.caption(tuple(_mislabel(thing, wrong_colours, rng) for thing in world.parse(prompt))))
+        write_atomically(path, lambda temporary: np.savez(temporary, images=np.stack(images), captions=captions))
     stored = np.load(path)
     return torch.from_numpy(stored["images"]).permute(0, 3, 1, 2), [str(c) for c in stored["captions"]]
 
@@ -65,9 +61,7 @@ def train_autoencoder(images: Tensor, work: Path, steps: int, seed: int = 0) -> 
     return vae
 
 
-def polish_decoder(
-    vae: AutoencoderKL, images: Tensor, work: Path, steps: int, seed: int = 0
-) -> AutoencoderKL:
+def polish_decoder(vae: AutoencoderKL, images: Tensor, work: Path, steps: int, seed: int = 0) -> AutoencoderKL:
     """Train the decoder on, at fixed latents, for the colours that the edges' loss neglects."""
     vae.encoder.requires_grad_(False)
 

@@ -51,9 +51,7 @@ def build_model(options: Build) -> None:
         vae.save_pretrained(encoder)
     if not (decoder / "config.json").exists():
         vae = AutoencoderKL.from_pretrained(encoder)
-        base.polish_decoder(vae, images, options.work, options.decoder_steps, options.seed).save_pretrained(
-            decoder
-        )
+        base.polish_decoder(vae, images, options.work, options.decoder_steps, options.seed).save_pretrained(decoder)
     vae = AutoencoderKL.from_pretrained(decoder)
     pipe = base.train_denoiser(vae, images, captions, options.work, options.denoiser_steps, options.seed)
     _save_pipeline(pipe, folder)
@@ -74,9 +72,7 @@ def build_judge(options: Build) -> None:
         return
     judge, accuracy = train_judge(options.work, options.judge_steps, options.seed)
     write_atomically(folder / "judge.safetensors", lambda path: save_model(judge.half(), str(path)))
-    text = json.dumps(
-        {"accuracy on held-out renders": accuracy, "steps": options.judge_steps, "seed": options.seed}
-    )
+    text = json.dumps({"accuracy on held-out renders": accuracy, "steps": options.judge_steps, "seed": options.seed})
     write_atomically(folder / "judge.json", lambda path: path.write_text(text + "\n"))
 
 
@@ -88,9 +84,7 @@ def build_adapter(reward: str, options: Build) -> None:
     pipe = open_pipeline(options.out / "model")
     assert isinstance(pipe, StableDiffusionPipeline)
     settings = Dpok(seed=options.seed, guidance=GUIDANCE, **EXPERTS[reward])
-    history = train(
-        pipe, load_scorer(reward), world.train_prompts(), settings, options.work / f"dpok-{reward}"
-    )
+    history = train(pipe, load_scorer(reward), world.train_prompts(), settings, options.work / f"dpok-{reward}")
     save_adapter(pipe, folder)
     text = json.dumps({"reward": reward, "settings": asdict(settings), "history": history}, indent=1)
     write_atomically(folder / "training.json", lambda path: path.write_text(text + "\n"))

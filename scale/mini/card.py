@@ -18,6 +18,26 @@ from scale.rewards import SCORERS, load_scorer
 from scale.rewards.alignment import Alignment
 
 PROMPTS, STEPS, SEED = 200, 20, 10_000
+CARD = """# The weights of the small world
+
+Made by `python -m scale.mini.build` (seeded, on a CPU) from pictures that `scale/mini/world.py` renders; no outside
+data. Training saw {pictures} pictures of the training prompts, {wrong:.0%} of the captions' colours wrong, so that the
+base model errs as real ones do. The held-out prompts were in no training.
+
+- `model/`: a StableDiffusionPipeline (text encoder 0.1 M, autoencoder 0.2 M, UNet 3.9 M parameters), half precision.
+- `judge/`: names colours and shapes; every one of them right on {judged:.2%} of held-out renders.
+- `adapters/`: rank-4 LoRA by DPOK (`scale/train/dpok.py`), settings and curve in each `training.json`.
+
+Rewards on {prompts} held-out prompts, one seed each ({steps} DDIM steps, eta 1, guidance {guidance:g}), as mean +-
+standard error:
+
+{header}
+{rows}
+
+Standard deviations of the base model: {spread}.
+
+Gain of each adapter on its own reward, in those: {gains}.
+"""
 
 
 def measure(weights: Path, prompts: int = PROMPTS) -> dict[str, dict[str, list[float]]]:
@@ -50,17 +70,12 @@ def measure(weights: Path, prompts: int = PROMPTS) -> dict[str, dict[str, list[f
 def _statistics(images: Tensor, prompts: list[str], weights: Path) -> dict[str, list[float]]:
     scorers = [Alignment(weights / "judge") if name == "alignment" else load_scorer(name) for name in SCORERS]
     scores = {scorer.name: scorer.score(images, prompts) for scorer in scorers}
-    return {
-        name: [float(s.mean()), float(s.std() / len(s) ** 0.5), float(s.std())] for name, s in scores.items()
-    }
+    return {name: [float(s.mean()), float(s.std() / len(s) ** 0.5), float(s.std())] for name, s in scores.items()}
 
 
 def gains(table: dict[str, dict[str, list[float]]]) -> dict[str, float]:
     """What each adapter adds to its own reward, in standard deviations of the base model's rewards."""
-    return {
-        name: (table[name][name][0] - table["base"][name][0]) / table["base"][name][2]
-        for name in mini.EXPERTS
-    }
+    return {name: (table[name][name][0] - table["base"][name][0]) / table["base"][name][2] for name in mini.EXPERTS}
 
 
 def write(weights: Path) -> None:
@@ -81,34 +96,18 @@ def write(weights: Path) -> None:
 
 def _text(facts: dict[str, Any], weights: Path) -> str:
     judge = json.loads((weights / "judge" / "judge.json").read_text())
-    names = list(facts["table"]["base"])
-    lines = [
-        "# The weights of the small world",
-        "",
-        "Made by `python -m scale.mini.build` (seeded; CPU) from pictures that `scale/mini/world.py` renders; no outside data.",
-        f"Training: {base.PICTURES} pictures of the training prompts, {base.WRONG_COLOURS:.0%} of the captions' colours wrong, so that",
-        "the base model errs as real ones do. The held-out prompts were in no training.",
-        "",
-        "- `model/`: StableDiffusionPipeline (text encoder 0.1 M, autoencoder 0.2 M, UNet 3.9 M parameters), half precision.",
-        f"- `judge/`: names colours and shapes; {judge['accuracy on held-out renders']:.2%} of held-out renders wholly right.",
-        "- `adapters/`: rank-4 LoRA by DPOK (`scale/train/dpok.py`), settings and curves in each `training.json`.",
-        "",
-        f"Rewards on {facts['prompts']} held-out prompts ({facts['steps']} DDIM steps, eta 1, guidance {facts['guidance']:g}), mean +- standard error:",
-        "",
-        "| model | " + " | ".join(names) + " |",
-        "|---|" + "---|" * len(names),
+    names, table = list(facts["table"]["base"]), facts["table"]
+    rows = [
+        f"| {model} | " + " | ".join(f"{rewards[n][0]:.3f} +- {rewards[n][1]:.3f}" for n in names) + " |"
+        for model, rewards in table.items()
     ]
-    for model, rewards in facts["table"].items():
-        lines.append(
-            f"| {model} | " + " | ".join(f"{rewards[n][0]:.3f} +- {rewards[n][1]:.3f}" for n in names) + " |"
-        )
-    spread = ", ".join(f"{n} {facts['table']['base'][n][2]:.3f}" for n in names)
-    gain = ", ".join(f"{name} {value:+.2f}" for name, value in facts["gains"].items())
-    lines += [
-        "",
-        f"Standard deviations of the base model: {spread}.",
-        "",
-        f"Gain of each adapter on its own reward, in those: {gain}.",
-        "",
-    ]
-    return "\n".join(lines)
+    return CARD.format(
+        pictures=base.PICTURES,
+        wrong=base.WRONG_COLOURS,
+        judged=judge["accuracy on held-out renders"],
+        header=f"| model | {' | '.join(names)} |\n|---|{'---|' * len(names)}",
+        rows="\n".join(rows),
+        spread=", ".join(f"{n} {table['base'][n][2]:.3f}" for n in names),
+        gains=", ".join(f"{name} {value:+.2f}" for name, value in facts["gains"].items()),
+        **{name: facts[name] for name in ("prompts", "steps", "guidance")},
+    )

@@ -28,7 +28,7 @@ def run(
     """The base model and DB-MPA at every w (the weight of colorfulness) on held-out prompts, one seed each.
 
     Writes `pareto.png` and `contact-sheet.png` into `out`; returns a JSON-able dict whose rows hold the mean and the
-    standard error of every reward. `advance(k)` is called after every k pictures, `(len(WEIGHTS) + 1) * prompts` in all.
+    standard error of every reward. `advance(k)` is called after every k of the `(len(WEIGHTS) + 1) * prompts` pictures.
     """
     pipe = open_pipeline(mini.MODEL)
     pictures = [Picture(p, i, seed * 1000 + i) for i, p in enumerate(world.held_out_prompts()[:prompts])]
@@ -38,9 +38,7 @@ def run(
         return torch.cat([batch for _, batch in draw(pipe, pictures, **options)])
 
     made = {"base": images()}
-    knob = attach(
-        pipe, {name: mini.ADAPTERS / name for name in (FIRST, SECOND)}, Preference({FIRST: 1.0, SECOND: 0.0})
-    )
+    knob = attach(pipe, {name: mini.ADAPTERS / name for name in (FIRST, SECOND)}, Preference({FIRST: 1.0, SECOND: 0.0}))
     for w in WEIGHTS:
         knob.preference = Preference({FIRST: w, SECOND: 1 - w})
         made[f"w = {w:g}"] = images()
@@ -50,9 +48,7 @@ def run(
     rows = [{"model": label, **_statistics(batch, captions)} for label, batch in made.items()]
     write_atomically(out / "pareto.png", lambda path: _pareto(rows).savefig(path, dpi=150))
     sheet = {label: batch for label, batch in made.items() if label != "base"}
-    write_atomically(
-        out / "contact-sheet.png", lambda path: _sheet(sheet, captions[:SHOWN]).savefig(path, dpi=150)
-    )
+    write_atomically(out / "contact-sheet.png", lambda path: _sheet(sheet, captions[:SHOWN]).savefig(path, dpi=150))
     return {
         "rewards": [FIRST, SECOND], "prompts": prompts, "seed": seed, "steps": STEPS, "guidance": mini.GUIDANCE,
         "rows": rows, "figures": [str(out / "pareto.png"), str(out / "contact-sheet.png")],
@@ -75,17 +71,13 @@ def _pareto(rows: Sequence[Mapping[str, Any]]) -> Figure:
     base, blends = rows[0], rows[1:]
     points = [[row[name][0] for row in blends] for name in (FIRST, SECOND)]
     errors = [[row[name][1] for row in blends] for name in (FIRST, SECOND)]
-    axis.errorbar(
-        *points, xerr=errors[0], yerr=errors[1], fmt="o-", color="#0072B2", capsize=2, label="DB-MPA"
-    )
+    axis.errorbar(*points, xerr=errors[0], yerr=errors[1], fmt="o-", color="#0072B2", capsize=2, label="DB-MPA")
     axis.errorbar(
         *([base[name][0]] for name in (FIRST, SECOND)), xerr=base[FIRST][1], yerr=base[SECOND][1],
         fmt="s", color="#4d4d4d", capsize=2, label="base model",
     )  # fmt: skip
     for row, x, y in zip(blends, *points, strict=True):
-        axis.annotate(
-            row["model"], (x, y), textcoords="offset points", xytext=(7, 6), fontsize=9, color="#333333"
-        )
+        axis.annotate(row["model"], (x, y), textcoords="offset points", xytext=(7, 6), fontsize=9, color="#333333")
     axis.set(xlabel="colorfulness (M / 100)", ylabel="JPEG compressibility (minus kB)")
     axis.set_title("w colorfulness + (1 - w) compressibility: means and standard errors", fontsize=10)
     axis.spines[["top", "right"]].set_visible(False)

@@ -33,9 +33,7 @@ def train_judge(work: Path, steps: int, seed: int = 0) -> tuple[Judge, float]:
 
     judge = fit("judge", Judge(), loss_at, steps=steps, learning_rate=2e-3, seed=seed, work=work)
     assert isinstance(judge, Judge)
-    test_images, test_captions = base.pictures(
-        work / "judge-test.npz", TEST_PICTURES, wrong_colours=0.0, seed=seed + 2
-    )
+    test_images, test_captions = base.pictures(work / "judge-test.npz", TEST_PICTURES, wrong_colours=0.0, seed=seed + 2)
     return judge, accuracy(judge, test_images, test_captions)
 
 
@@ -44,7 +42,6 @@ def accuracy(judge: Judge, images: Tensor, captions: list[str]) -> float:
     """Share of uint8 pictures (n, 3, 64, 64) of which every colour and shape is named right."""
     wanted = torch.stack([labels(caption) for caption in captions])
     seen = [
-        torch.stack([part.argmax(-1) for part in split_logits(judge(b.float() / 255))], -1)
-        for b in images.split(256)
+        torch.stack([part.argmax(-1) for part in split_logits(judge(b.float() / 255))], -1) for b in images.split(256)
     ]
     return float((torch.cat(seen) == wanted).flatten(1).all(1).float().mean())

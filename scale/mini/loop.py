@@ -42,9 +42,7 @@ def fit(
         for step in range(first, steps):
             loss = loss_at(module, torch.Generator().manual_seed(seed * 1_000_003 + step))
             if not torch.isfinite(loss):
-                raise FloatingPointError(
-                    f"the loss of {name} is {loss.item()} at step {step}; lower the learning rate"
-                )
+                raise FloatingPointError(f"the loss of {name} is {loss.item()} at step {step}; lower the learning rate")
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             nn.utils.clip_grad_norm_(module.parameters(), 1.0)

@@ -47,21 +47,14 @@ def parse(prompt: str) -> tuple[Thing, ...]:
     things = []
     for part in prompt.lower().strip().rstrip(".").replace(" colored ", " ").split(" and "):
         words = part.split()
-        if (
-            len(words) != 3
-            or words[0] not in ("a", "an")
-            or words[1] not in COLOURS
-            or words[2] not in SHAPES
-        ):
+        if len(words) != 3 or words[0] not in ("a", "an") or words[1] not in COLOURS or words[2] not in SHAPES:
             raise ValueError(
                 f"the prompt {prompt!r} is not a caption of the small world; write 'a red colored circle' or "
                 f"'a red circle and a blue square' with colours {', '.join(COLOURS)} and shapes {', '.join(SHAPES)}"
             )
         things.append(Thing(words[1], words[2]))
     if len(things) > 2:
-        raise ValueError(
-            f"the prompt {prompt!r} names {len(things)} objects; the small world holds one or two"
-        )
+        raise ValueError(f"the prompt {prompt!r} names {len(things)} objects; the small world holds one or two")
     return tuple(things)
 
 

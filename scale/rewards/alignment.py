@@ -1,6 +1,7 @@
 """Text-image alignment on the small world: a network that names what it sees, and how sure it is of the caption."""
 
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -22,15 +23,18 @@ class Judge(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         widths = (3, 24, 48, 64)
-        self.body = nn.Sequential(
-            *(layer for a, b in zip(widths, widths[1:], strict=False)
-              for layer in (nn.Conv2d(a, b, 3, stride=2, padding=1), nn.GroupNorm(8, b), nn.SiLU(), nn.Conv2d(b, b, 3, padding=1), nn.SiLU()))
-        )  # fmt: skip
+        self.body = nn.Sequential(*(layer for pair in pairwise(widths) for layer in _halve(*pair)))
         self.head = nn.Linear(64 * 8 * 8, SLOTS * (len(COLOURS) + len(SHAPES)))
 
     def forward(self, images: Tensor) -> Tensor:
         features = self.body(2 * images - 1).flatten(1)
         return self.head(features).unflatten(1, (SLOTS, -1))
+
+
+def _halve(channels: int, out: int) -> tuple[nn.Module, ...]:
+    """Half the resolution, then a look at the neighbourhood."""
+    first, second = nn.Conv2d(channels, out, 3, stride=2, padding=1), nn.Conv2d(out, out, 3, padding=1)
+    return first, nn.GroupNorm(8, out), nn.SiLU(), second, nn.SiLU()
 
 
 def labels(prompt: str) -> Tensor:
@@ -68,9 +72,7 @@ class Alignment:
         """Images (n, 3, H, W) in [0, 1] of captions of the small world -> (n,)."""
         check_images(images, prompts)
         if images.shape[-2:] != (world.SIZE, world.SIZE):
-            images = F.interpolate(images, (world.SIZE, world.SIZE), mode="bicubic", antialias=True).clamp(
-                0, 1
-            )
+            images = F.interpolate(images, (world.SIZE, world.SIZE), mode="bicubic", antialias=True).clamp(0, 1)
         self.judge.to(images.device)
         wanted = torch.stack([labels(prompt) for prompt in prompts]).to(images.device)
         right = [

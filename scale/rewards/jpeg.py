@@ -23,7 +23,7 @@ class Jpeg:
         """Images (n, 3, H, W) in [0, 1], rounded to 8 bits -> (n,); the prompts play no part."""
         check_images(images, prompts)
         pixels = (255 * images.detach().float().clamp(0, 1)).round().byte().permute(0, 2, 3, 1).cpu().numpy()
-        return torch.tensor([-len(_encode(picture)) / 1000 for picture in pixels], dtype=torch.float32)
+        return torch.tensor([-len(_encode(picture)) / 1000 for picture in pixels], device=images.device)
 
 
 def _encode(picture) -> bytes:

@@ -31,7 +31,8 @@ def check_images(images: Tensor, prompts: Sequence[str]) -> None:
     """ValueError unless images are (n, 3, H, W) in [0, 1], one prompt each."""
     if images.ndim != 4 or images.shape[1] != 3 or len(images) != len(prompts):
         raise ValueError(
-            f"a scorer takes images (n, 3, height, width) and n prompts, received {tuple(images.shape)} and {len(prompts)}"
+            "a scorer takes images (n, 3, height, width) and n prompts, "
+            f"received {tuple(images.shape)} and {len(prompts)}"
         )
     low, high = torch.aminmax(images.detach()) if len(images) else (torch.zeros(()), torch.ones(()))
     if not (low >= -1e-3 and high <= 1 + 1e-3):  # also catches NaN

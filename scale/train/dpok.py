@@ -7,6 +7,7 @@ policy-gradient updates on their transitions.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -27,9 +28,9 @@ CONVOLUTIONS = ("conv1", "conv2")
 
 @dataclass(frozen=True)
 class Dpok:
-    """Settings of a run. `alpha` is in units of the reward and weighs the KL in nats, summed over steps and dimensions."""
+    """Settings of a run. `alpha`, in units of the reward, weighs the KL in nats, summed over steps and dimensions."""
 
-    alpha: float = 0.01
+    alpha: float = 0.001
     rounds: int = 40
     prompts_per_round: int = 8
     samples_per_prompt: int = 8
@@ -46,6 +47,8 @@ class Dpok:
     """The probability ratio per dimension is clipped to 1 +- clip."""
     rank: int = 4
     targets: tuple[str, ...] = ATTENTION + CONVOLUTIONS
+    bf16: bool = True
+    """Run the denoiser under bfloat16 autocast."""
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -62,9 +65,7 @@ class Dpok:
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, received {getattr(self, name)}")
         if self.samples_per_prompt < 2:
-            raise ValueError(
-                "samples_per_prompt must be at least 2: their mean is the baseline of the prompt"
-            )
+            raise ValueError("samples_per_prompt must be at least 2: their mean is the baseline of the prompt")
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,7 @@ def train(
     )
     parameters = [p for p in pipe.unet.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=settings.learning_rate, weight_decay=1e-4)
-    policy, history = Policy(pipe, settings.steps, settings.guidance), _resume(pipe, optimizer, work)
+    policy, history = Policy(pipe, settings.steps, settings.guidance, settings.bf16), _resume(pipe, optimizer, work)
 
     with progress_bar() as bar:
         task = bar.add_task(scorer.name, total=settings.rounds, completed=len(history), note="")
@@ -130,7 +131,7 @@ def _round(
 def _transitions(
     policy: Policy, rollout: Rollout, advantage: Tensor, settings: Dpok, generator: torch.Generator
 ) -> list[Transitions]:
-    """A shuffled share of all transitions, with the sampling policy's and the base model's view of each."""
+    """A shuffled share of all transitions, with the base model's view of each: its own step, adapters switched off."""
     steps, n = len(rollout.timesteps), len(rollout.prompts)
     order = torch.randperm(steps * n, generator=generator)[: int(settings.transitions * steps * n)]
     batches = []
@@ -142,13 +143,10 @@ def _transitions(
             rollout.timesteps[k],
             rollout.text[:, i],
         )
-        mean, std = policy.moments(x, t, policy.noise(x, t, text))
         policy.pipe.unet.disable_adapters()
         base_mean, _ = policy.moments(x, t, policy.noise(x, t, text))
         policy.pipe.unet.enable_adapters()
-        batches.append(
-            Transitions(x, x_next, t, text, advantage[i], log_probability(x_next, mean, std), base_mean)
-        )
+        batches.append(Transitions(x, x_next, t, text, advantage[i], rollout.log_probabilities[k, i], base_mean))
     return batches
 
 
@@ -159,7 +157,7 @@ def _update(
     optimizer: torch.optim.Optimizer,
     kl_weight: float,
 ) -> tuple[float, float]:
-    """Clipped policy gradient with the KL penalty; returns the mean KL a trajectory (nats) and the largest |ratio - 1|."""
+    """Clipped policy gradient with the KL penalty; returns the mean KL of a trajectory (nats) and max |ratio - 1|."""
     kls, ratios = [], []
     for group in _groups(batches, settings.updates):
         optimizer.zero_grad(set_to_none=True)
@@ -170,8 +168,8 @@ def _update(
             gain = torch.minimum(ratio * batch.advantage, clipped * batch.advantage).mean()
             kl = kl_divergence(mean, batch.base_mean, std).mean()
             ((kl_weight * kl - gain) / len(group)).backward()
-            kls.append(float(kl) * batch.x[0].numel() * settings.steps)
-            ratios.append(float((ratio - 1).abs().max()))
+            kls.append(float(kl.detach()) * batch.x[0].numel() * settings.steps)
+            ratios.append(float((ratio.detach() - 1).abs().max()))
         torch.nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], 1.0)
         optimizer.step()
     return sum(kls) / len(kls), max(ratios)
@@ -180,21 +178,16 @@ def _update(
 def _groups(batches: list[Transitions], count: int) -> Iterator[list[Transitions]]:
     """The microbatches in `count` nearly equal groups, one an optimizer step."""
     edges = [round(i * len(batches) / count) for i in range(count + 1)]
-    return (batches[a:b] for a, b in zip(edges, edges[1:], strict=False) if b > a)
+    return (batches[a:b] for a, b in pairwise(edges) if b > a)
 
 
 def save_adapter(pipe: StableDiffusionPipeline, folder: Path) -> None:
     """Write the trained adapter as diffusers' `pytorch_lora_weights.safetensors`."""
-    layers = {
-        k: v.half().contiguous()
-        for k, v in get_peft_model_state_dict(pipe.unet, adapter_name=ADAPTER).items()
-    }
+    layers = {k: v.half().contiguous() for k, v in get_peft_model_state_dict(pipe.unet, adapter_name=ADAPTER).items()}
     StableDiffusionPipeline.save_lora_weights(folder, unet_lora_layers=layers, safe_serialization=True)
 
 
-def _save(
-    pipe: StableDiffusionPipeline, optimizer: torch.optim.Optimizer, history: list[dict], work: Path
-) -> None:
+def _save(pipe: StableDiffusionPipeline, optimizer: torch.optim.Optimizer, history: list[dict], work: Path) -> None:
     state = {
         "adapter": get_peft_model_state_dict(pipe.unet, adapter_name=ADAPTER),
         "optimizer": optimizer.state_dict(),

@@ -13,23 +13,28 @@ Latents = Float[Tensor, "n channels height width"]
 
 @dataclass(frozen=True)
 class Rollout:
-    """Trajectories from noise to data: `latents[k]` at `timesteps[k]`, one more at the end; images and scores of the ends."""
+    """Trajectories from noise to data: `latents[k]` at `timesteps[k]`, one more at the end, and its images.
+
+    `log_probabilities[k]` are those of the steps from `latents[k]` to `latents[k + 1]` under the policy that made them.
+    """
 
     prompts: list[str]
-    text: Float[Tensor, "two n tokens width"]
+    text: Float[Tensor, "two n tokens features"]
     timesteps: Int64[Tensor, " steps"]
     latents: Float[Tensor, "steps+1 n channels height width"]
+    log_probabilities: Float[Tensor, "steps n"]
     images: Float[Tensor, "n 3 h w"]
 
 
 class Policy:
     """The denoiser of a Stable Diffusion pipeline under classifier-free guidance, stepped by DDIM with eta = 1.
 
-    `guidance` follows diffusers: `uncond + guidance (cond - uncond)`, 1 means none.
+    `guidance` follows diffusers: `uncond + guidance (cond - uncond)`, 1 means none. `bf16` runs the denoiser under
+    autocast.
     """
 
-    def __init__(self, pipe: StableDiffusionPipeline, steps: int, guidance: float) -> None:
-        self.pipe, self.guidance = pipe, guidance
+    def __init__(self, pipe: StableDiffusionPipeline, steps: int, guidance: float, bf16: bool = False) -> None:
+        self.pipe, self.guidance, self.bf16 = pipe, guidance, bf16
         scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
         assert isinstance(scheduler, DDIMScheduler)
         scheduler.set_timesteps(steps, device=pipe.unet.device)
@@ -37,7 +42,7 @@ class Policy:
         self.timesteps: Tensor = scheduler.timesteps
 
     @torch.no_grad()
-    def encode(self, prompts: Sequence[str]) -> Float[Tensor, "two n tokens width"]:
+    def encode(self, prompts: Sequence[str]) -> Float[Tensor, "two n tokens features"]:
         """Text states of the empty prompt (row 0) and of each prompt (row 1)."""
         tokens = self.pipe.tokenizer(
             ["", *prompts], padding="max_length", truncation=True, return_tensors="pt"
@@ -45,10 +50,11 @@ class Policy:
         states = self.pipe.text_encoder(tokens.to(self.pipe.text_encoder.device)).last_hidden_state
         return torch.stack((states[:1].expand(len(prompts), -1, -1), states[1:]))
 
-    def noise(self, x: Latents, t: Int64[Tensor, " n"], text: Float[Tensor, "two n tokens width"]) -> Latents:
+    def noise(self, x: Latents, t: Int64[Tensor, " n"], text: Float[Tensor, "two n tokens features"]) -> Latents:
         """Guided noise prediction at timesteps `t`, one a sample."""
-        both = self.pipe.unet(torch.cat((x, x)), torch.cat((t, t)), text.flatten(0, 1), return_dict=False)[0]
-        unconditional, conditional = both.chunk(2)
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16):
+            both = self.pipe.unet(torch.cat((x, x)), torch.cat((t, t)), text.flatten(0, 1), return_dict=False)[0]
+        unconditional, conditional = both.float().chunk(2)
         return unconditional + self.guidance * (conditional - unconditional)
 
     def moments(self, x: Latents, t: Int64[Tensor, " n"], eps: Latents) -> tuple[Latents, Tensor]:
@@ -69,15 +75,17 @@ class Policy:
         device, text = self.pipe.unet.device, self.encode(prompts)
         config = self.pipe.unet.config
         shape = (len(prompts), config.in_channels, config.sample_size, config.sample_size)
-        latents = [torch.randn(shape, generator=generator).to(device)]
+        latents, log_probabilities = [torch.randn(shape, generator=generator).to(device)], []
         for t in self.timesteps:
             at = t.expand(len(prompts))
             mean, std = self.moments(latents[-1], at, self.noise(latents[-1], at, text))
             latents.append(mean + std * torch.randn(shape, generator=generator).to(device))
+            log_probabilities.append(log_probability(latents[-1], mean, std))
         vae = self.pipe.vae
         decoded = vae.decode(latents[-1] / vae.config.scaling_factor, return_dict=False)[0]
         images = (decoded / 2 + 0.5).clamp(0, 1)
-        return Rollout(list(prompts), text, self.timesteps, torch.stack(latents), images)
+        stacked = torch.stack(latents), torch.stack(log_probabilities)
+        return Rollout(list(prompts), text, self.timesteps, *stacked, images)
 
 
 def log_probability(x_next: Latents, mean: Latents, std: Tensor) -> Float[Tensor, " n"]:

@@ -31,9 +31,7 @@ def lattice(around: Sequence[GaussianMixture], spacing: float = 0.7) -> Tensor:
     return torch.cartesian_prod(*axes).reshape(-1, len(low))
 
 
-def log_posterior(
-    prior: GaussianMixture, schedule: NoiseSchedule, x: Tensor, t: float, nodes: Tensor
-) -> Tensor:
+def log_posterior(prior: GaussianMixture, schedule: NoiseSchedule, x: Tensor, t: float, nodes: Tensor) -> Tensor:
     """Log of `p(x_0 | x_t = x)` at the nodes (m, d), normalised over them, for one point `x` (d,)."""
     residual = (x - schedule.alpha(t) * nodes).square().sum(-1)
     return (prior.log_prob(nodes) - 0.5 * residual / schedule.variance(t)).log_softmax(0)

@@ -157,15 +157,12 @@ def test_draws_travel_with_their_sample(order):
     permuted = blend(experts, x[permutation], 0.4, Step(5, 10, 0.4, 0.3, whole.phase[permutation]))
     torch.testing.assert_close(permuted, together[permutation], rtol=1e-12, atol=1e-12)
     parts = [
-        blend(experts, x[part], 0.4, Step(5, 10, 0.4, 0.3, whole.phase[part]))
-        for part in torch.arange(n).split(17)
+        blend(experts, x[part], 0.4, Step(5, 10, 0.4, 0.3, whole.phase[part])) for part in torch.arange(n).split(17)
     ]
     torch.testing.assert_close(torch.cat(parts), together, rtol=1e-12, atol=1e-12)
     law = [0.1, 0.27, 0.63]
     choice = blend.choose(law, whole)
-    assert torch.equal(
-        blend.choose(law, Step(5, 10, 0.4, 0.3, whole.phase[permutation])), choice[permutation]
-    )
+    assert torch.equal(blend.choose(law, Step(5, 10, 0.4, 0.3, whole.phase[permutation])), choice[permutation])
 
 
 @pytest.mark.parametrize("order", CHOICES)
@@ -176,9 +173,7 @@ def test_sampled_blend_has_the_mean_blends_mean(order):
     here = step(N, index=4)
 
     def p_values(weight):
-        mean = MeanBlend(Preference({"east": weight, "north": 1 - weight}, 0.8))(
-            experts, x[:1], 0.4, step(1)
-        )[0]
+        mean = MeanBlend(Preference({"east": weight, "north": 1 - weight}, 0.8))(experts, x[:1], 0.4, step(1))[0]
         return [mean_p_value(drawn[:, axis], float(mean[axis])) for axis in (0, 1)]
 
     drawn = SampledBlend(Preference({"east": 0.3, "north": 0.7}, 0.8), order)(experts, x, 0.4, here)

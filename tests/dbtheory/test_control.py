@@ -90,9 +90,7 @@ def test_control_tends_to_the_reward_gradient_at_the_data() -> None:
     )
     slope = reward.gradient(x) / 0.5
     for schedule in SCHEDULES:
-        torch.testing.assert_close(
-            control(prior, reward, 0.5, schedule, x, 1e-7), slope, rtol=1e-3, atol=1e-3
-        )
+        torch.testing.assert_close(control(prior, reward, 0.5, schedule, x, 1e-7), slope, rtol=1e-3, atol=1e-3)
         assert jensen_gap(prior, reward, 0.5, schedule, x, 1e-7).abs().max() < 1e-3
 
 
@@ -119,16 +117,13 @@ def exact(alpha: float, schedule: NoiseSchedule, x: float, t: float) -> dict[str
     def components(point: mpmath.mpf) -> list[tuple[mpmath.mpf, mpmath.mpf]]:
         marginal = a**2 * c + s2
         return [
-            (mpmath.exp(-((point - a * m) ** 2) / (2 * marginal)), spread * (m / c + a * point / s2))
-            for m in MEANS
+            (mpmath.exp(-((point - a * m) ** 2) / (2 * marginal)), spread * (m / c + a * point / s2)) for m in MEANS
         ]
 
     def log_expectation(point: mpmath.mpf) -> mpmath.mpf:
         precision = 1 / spread + q
         parts = components(point)
-        masses = [
-            w * mpmath.exp((m / spread + b) ** 2 / (2 * precision) - m**2 / (2 * spread)) for w, m in parts
-        ]
+        masses = [w * mpmath.exp((m / spread + b) ** 2 / (2 * precision) - m**2 / (2 * spread)) for w, m in parts]
         return mpmath.log(mpmath.fsum(masses) / mpmath.fsum(w for w, _ in parts))
 
     def expectation(point: mpmath.mpf) -> mpmath.mpf:
@@ -145,9 +140,7 @@ def exact(alpha: float, schedule: NoiseSchedule, x: float, t: float) -> dict[str
 @pytest.mark.parametrize("alpha", [0.01, 1.0])
 @pytest.mark.parametrize("t", [1e-5, 0.5, 0.99])
 @pytest.mark.parametrize("x", [-1e3, 0.1, 1e3])
-def test_extremes_in_high_precision(
-    route: str, schedule: NoiseSchedule, alpha: float, t: float, x: float
-) -> None:
+def test_extremes_in_high_precision(route: str, schedule: NoiseSchedule, alpha: float, t: float, x: float) -> None:
     """A thousand standard deviations out, next to the data and at alpha = 0.01: 1e-8 of the largest."""
     prior, reward = line_problem()
     with mpmath.workdps(80):

@@ -17,9 +17,7 @@ def make(name="ring-of-six", kind="score"):
 
 
 def points(experts, n=7):
-    return 2 * torch.randn(n, *experts.event_shape, generator=torch.Generator().manual_seed(0)).to(
-        experts.dtype
-    )
+    return 2 * torch.randn(n, *experts.event_shape, generator=torch.Generator().manual_seed(0)).to(experts.dtype)
 
 
 @pytest.mark.parametrize("kind", KINDS)

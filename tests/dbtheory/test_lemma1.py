@@ -46,9 +46,7 @@ def error_of_equation_9(problem: Problem, gap: Gap) -> float:
     blend = sum(w * f for w, f in zip(problem.weights, drifts, strict=True))
     remainder = sum(w * gap_i for w, gap_i in zip(problem.weights, gaps, strict=True)) - gap_of_blend
     base = drift(problem, prior)
-    return relative_error(
-        exact, blend + remainder, [f - base for f in [*drifts, exact]] + [*gaps, gap_of_blend]
-    )
+    return relative_error(exact, blend + remainder, [f - base for f in [*drifts, exact]] + [*gaps, gap_of_blend])
 
 
 def error_of_equation_10(problem: Problem, gap: Gap) -> float:

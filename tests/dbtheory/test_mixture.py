@@ -37,9 +37,7 @@ def test_log_prob_equals_scipy(dim: int) -> None:
     mixture = random_mixture(3, dim, seeded(dim))
     x = 3 * normal((20, dim), seeded(1))
     parts = zip(mixture.weights, mixture.means, mixture.covariances, strict=True)
-    density = sum(
-        w.item() * stats.multivariate_normal(m.numpy(), c.numpy()).pdf(x.numpy()) for w, m, c in parts
-    )
+    density = sum(w.item() * stats.multivariate_normal(m.numpy(), c.numpy()).pdf(x.numpy()) for w, m, c in parts)
     torch.testing.assert_close(mixture.log_prob(x).exp(), torch.as_tensor(density), rtol=1e-11, atol=0)
 
 
@@ -91,9 +89,7 @@ def test_posterior_equals_bayes_rule(schedule: NoiseSchedule, t: float, dim: int
     torch.testing.assert_close(posterior.covariance[0], covariance, rtol=1e-9, atol=1e-13)
     likely = weights > 1e-12
     single = GaussianMixture(posterior.weights[0], posterior.means[0], posterior.covariances[0])
-    torch.testing.assert_close(
-        single.log_prob(nodes[likely]).log_softmax(0), log_weights[likely], rtol=1e-7, atol=1e-7
-    )
+    torch.testing.assert_close(single.log_prob(nodes[likely]).log_softmax(0), log_weights[likely], rtol=1e-7, atol=1e-7)
 
 
 @each_schedule
@@ -121,9 +117,7 @@ def test_times_for_each_point_equal_one_at_a_time() -> None:
         torch.testing.assert_close(batch.log_prob(x)[i : i + 1], alone.log_prob(row), rtol=1e-12, atol=1e-13)
         one = prior.posterior(schedule, row, t[i])
         for part in ("weights", "means", "covariances", "mean", "covariance"):
-            torch.testing.assert_close(
-                getattr(posterior, part)[i], getattr(one, part)[0], rtol=1e-11, atol=1e-12
-            )
+            torch.testing.assert_close(getattr(posterior, part)[i], getattr(one, part)[0], rtol=1e-11, atol=1e-12)
 
 
 @pytest.mark.parametrize("t", [0.3, torch.linspace(0.1, 1, 10, dtype=torch.float64)])
@@ -141,9 +135,7 @@ def moment_p_values(samples: Tensor, law: GaussianMixture) -> list[float]:
     offsets = samples - law.mean
     dims = range(law.dim)
     first = [mean_p_value(offsets[:, i], 0.0) for i in dims]
-    products = [
-        (offsets[:, i] * offsets[:, j], law.covariance[i, j].item()) for i in dims for j in dims if i <= j
-    ]
+    products = [(offsets[:, i] * offsets[:, j], law.covariance[i, j].item()) for i in dims for j in dims if i <= j]
     return first + [mean_p_value(values, expected) for values, expected in products]
 
 
@@ -160,9 +152,7 @@ def test_noised_law_equals_simulation(schedule: NoiseSchedule) -> None:
 def test_samples_follow_the_weights() -> None:
     """Shares of far components by chi-square at level 1e-5; equal shares instead must raise the alarm."""
     weights = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
-    mixture = GaussianMixture(
-        weights, torch.tensor([[-20.0], [0.0], [20.0]]).double(), torch.ones(3, 1, 1).double()
-    )
+    mixture = GaussianMixture(weights, torch.tensor([[-20.0], [0.0], [20.0]]).double(), torch.ones(3, 1, 1).double())
     x = mixture.sample(50_000, seeded(5)).squeeze(1)
     counts = [(x < -10).sum().item(), (x.abs() < 10).sum().item(), (x > 10).sum().item()]
     assert stats.chisquare(counts, 50_000 * weights.numpy()).pvalue > 1e-5
@@ -224,9 +214,7 @@ def test_float32_agrees_with_float64() -> None:
         torch.testing.assert_close(law.score(x.float()).double(), exact.score(x), rtol=1e-4, atol=1e-4)
     assert single.sample(3, seeded(2)).dtype == torch.float32
     posterior = single.posterior(VPLinear(), x.float(), t)
-    torch.testing.assert_close(
-        posterior.mean.double(), prior.posterior(VPLinear(), x, t).mean, rtol=1e-4, atol=1e-4
-    )
+    torch.testing.assert_close(posterior.mean.double(), prior.posterior(VPLinear(), x, t).mean, rtol=1e-4, atol=1e-4)
     far = single.score(torch.tensor([[1e3, -1e3]]))
     assert far.isfinite().all()
 

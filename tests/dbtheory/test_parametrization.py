@@ -20,9 +20,7 @@ def definitions(schedule: NoiseSchedule, t) -> tuple[Tensor, dict[str, Tensor]]:
     generator = torch.Generator().manual_seed(0)
     x0, eps = torch.randn(2, 4, 3, 2, generator=generator, dtype=torch.float64)
     time = torch.as_tensor(t)
-    alpha, sigma = (
-        scale.reshape(-1, 1, 1) if time.ndim else scale for scale in (schedule.alpha(t), schedule.sigma(t))
-    )
+    alpha, sigma = (scale.reshape(-1, 1, 1) if time.ndim else scale for scale in (schedule.alpha(t), schedule.sigma(t)))
     outputs = {"x0": x0, "eps": eps, "v": alpha * eps - sigma * x0, "score": -eps / sigma}
     return alpha * x0 + sigma * eps, outputs
 

@@ -47,9 +47,7 @@ def test_each_term_is_its_covariance(problem: Problem) -> None:
     """u, ubar and gap are the covariances of MATH.md 3, summed over a lattice by Bayes' rule."""
     reward, alpha = problem.rewards[0], problem.alpha
     posterior = problem.prior.posterior(problem.schedule, problem.x, problem.t)
-    bayes = Bayes(
-        problem.prior, problem.schedule, problem.x[0], problem.t, [posterior, tilt(posterior, reward, alpha)]
-    )
+    bayes = Bayes(problem.prior, problem.schedule, problem.x[0], problem.t, [posterior, tilt(posterior, reward, alpha)])
     u, ubar, gap = (f(*arguments(problem)) for f in (control, jensen_control, jensen_gap))
     assert relative_error(u, bayes.control(reward, alpha)[None], ubar, gap) < TOLERANCE
     assert relative_error(ubar, bayes.jensen_control(reward, alpha)[None], u, gap) < TOLERANCE

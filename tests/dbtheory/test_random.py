@@ -90,9 +90,7 @@ def test_a_bad_hash_is_caught():
     assert not alarms([bin_p_value(u)])
     assert alarms([pair_p_value(u, v)])
     path = torch.cat([bad_hash(torch.tensor([0.3], dtype=torch.float64), salt) for salt in range(1, 20_001)])
-    assert alarms(
-        [float(2 * stats.norm.sf(abs(float(((path[:-1] - 0.5) * (path[1:] - 0.5)).mean())) * 12 * 141))]
-    )
+    assert alarms([float(2 * stats.norm.sf(abs(float(((path[:-1] - 0.5) * (path[1:] - 0.5)).mean())) * 12 * 141))])
 
 
 def test_blind_to_batches():

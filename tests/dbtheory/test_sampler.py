@@ -107,9 +107,7 @@ def test_weak_order_one_and_the_right_limit(schedule, method, eta):
     # one more denoiser call below this time would measure the last step alone
     end = 0.02
     times = [time_grid(schedule, n) * (1 - end / schedule.t_start) + end for n in (400, 800, 1600)]
-    results = [
-        torch.cat([m[:, None], c], 1) for m, c in (recursion(schedule, grid, method, eta) for grid in times)
-    ]
+    results = [torch.cat([m[:, None], c], 1) for m, c in (recursion(schedule, grid, method, eta) for grid in times)]
     mean, covariance = noised(schedule, times[0][-1])
     exact = torch.cat([mean[:, None], covariance], 1)
     errors = [(result - exact).norm() for result in results]
@@ -153,9 +151,7 @@ def test_ddim_against_diffusers(eta, kind):
     scheduler.alphas_cumprod = scheduler.alphas_cumprod.double()
     scheduler.set_timesteps(20)
     schedule = VPDiscrete()
-    x, prediction, noise = torch.randn(
-        3, 4, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64
-    )
+    x, prediction, noise = torch.randn(3, 4, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     for index in scheduler.timesteps.tolist():
         theirs = scheduler.step(prediction, index, x, eta=eta, variance_noise=noise).prev_sample
         # diffusers' index i is our time (i + 1)/1000, and what lies before index 0 is the data
@@ -189,17 +185,13 @@ def base_p_value(blender, samples=4000, steps=300):
     x = sample(experts, blender, samples, steps, torch.Generator().manual_seed(7), method="euler",
                grid=time_grid(toy.schedule, steps, power=2.0))[:, 0]  # fmt: skip
     components = stats.norm(toy.prior.means[:, 0].numpy(), toy.prior.covariances[:, 0, 0].sqrt().numpy())
-    return float(
-        stats.kstest(x.numpy(), lambda q: components.cdf(q[:, None]) @ toy.prior.weights.numpy()).pvalue
-    )
+    return float(stats.kstest(x.numpy(), lambda q: components.cdf(q[:, None]) @ toy.prior.weights.numpy()).pvalue)
 
 
 def test_lambda_zero_reproduces_the_prior():
     """At lambda = 0 samples follow the prior (KS at 1e-5); negative control: lambda = 0.2 is told apart."""
     weights = {"right": 1.0, "left": 0.0, "centre": 0.0}
-    assert not alarms(
-        [base_p_value(blender(Preference(weights, 0.0))) for blender in (MeanBlend, SampledBlend)]
-    )
+    assert not alarms([base_p_value(blender(Preference(weights, 0.0))) for blender in (MeanBlend, SampledBlend)])
     assert alarms([base_p_value(MeanBlend(Preference(weights, 0.2)))])
 
 
@@ -219,9 +211,7 @@ def test_samples_do_not_depend_on_their_batch(blender):
     rows = torch.arange(40)
     together = run(rows)
     torch.testing.assert_close(run(rows.flip(0)).flip(0), together, rtol=1e-9, atol=1e-9)
-    torch.testing.assert_close(
-        torch.cat([run(part) for part in rows.split(7)]), together, rtol=1e-9, atol=1e-9
-    )
+    torch.testing.assert_close(torch.cat([run(part) for part in rows.split(7)]), together, rtol=1e-9, atol=1e-9)
     assert torch.equal(run(rows), together)
 
 

@@ -28,9 +28,7 @@ def derivative(function, t: torch.Tensor) -> torch.Tensor:
 def test_drift_rate_is_the_derivative_of_log_alpha(schedule: NoiseSchedule) -> None:
     """f = (log alpha)', the first half of the SDE that has these marginals."""
     t = times(schedule)
-    torch.testing.assert_close(
-        schedule.drift_rate(t), derivative(schedule.log_alpha, t), rtol=1e-9, atol=1e-12
-    )
+    torch.testing.assert_close(schedule.drift_rate(t), derivative(schedule.log_alpha, t), rtol=1e-9, atol=1e-12)
 
 
 @each_schedule
@@ -117,9 +115,7 @@ def test_discrete_schedule_equals_diffusers(name: str) -> None:
     )
     t = torch.arange(1, 1001, dtype=torch.float64) / 1000
     # The float32 products carry about 1e-6.
-    torch.testing.assert_close(
-        VPDiscrete().alpha(t).square(), scheduler.alphas_cumprod.double(), rtol=2e-6, atol=0
-    )
+    torch.testing.assert_close(VPDiscrete().alpha(t).square(), scheduler.alphas_cumprod.double(), rtol=2e-6, atol=0)
 
 
 def test_discrete_schedule_is_smooth_between_its_points() -> None:

@@ -1,5 +1,6 @@
 """Adapter files of strangers: what is loaded does what the file says, and what is wrong is refused before it acts."""
 
+import io
 import json
 import pickle
 import struct
@@ -165,7 +166,8 @@ def test_a_malicious_pickle_runs_nothing(pipe, tmp_path: Path, name: str, writer
         load_adapter(pipe, path, "a")
     assert not sentinel.exists()
     assert_untouched(pipe)
-    torch.load(path, weights_only=False) if writer == "torch" else pickle.loads(path.read_bytes())
+    data = path.read_bytes()
+    torch.load(io.BytesIO(data), weights_only=False) if writer == "torch" else pickle.loads(data)
     assert sentinel.exists(), "the control: the payload does run where pickles are trusted"
 
 
@@ -240,7 +242,7 @@ def test_an_adapter_of_another_base_is_refused(tmp_path: Path) -> None:
         ('{"unet.lora_alpha": null}', "cannot be read"),
         ('{"unet.alpha_pattern": {"x": Infinity}}', "cannot be read"),
         ('{"unet.alpha_pattern": [1]}', "cannot be read"),
-        ('{"unet.alpha_pattern": {"(": 1}}', "cannot be loaded"),
+        ('{"unet.alpha_pattern": {"(": 1}}', "cannot be read"),
         ('{"unet.use_dora": true}', "DoRA"),
     ],
 )

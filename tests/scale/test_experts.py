@@ -16,7 +16,10 @@ from tests.scale import tiny
 def experts(request: pytest.FixtureRequest, tmp_path: Path) -> LoraExperts:
     """The experts that a blend sees inside a pipeline call, bound to random conditioning of three rows."""
     make = getattr(tiny, request.param)
-    files = {"first": tiny.save_lora(make, tmp_path / "1", 1), "second": tiny.save_lora(make, tmp_path / "2", 2, tiny.MIXED)}
+    files = {
+        "first": tiny.save_lora(make, tmp_path / "1", 1),
+        "second": tiny.save_lora(make, tmp_path / "2", 2, tiny.MIXED),
+    }
     pipe = make()
     hook = attach(pipe, files, Preference({"first": 0.5, "second": 0.5}))._hook
     forward = hook.fn_ref.original_forward

@@ -114,12 +114,10 @@ def save_lora(
     rank: int = 4,
     alpha: int | None = None,
 ) -> Path:
-    """A random LoRA (both factors nonzero) of `make()`'s UNet, in diffusers' own safetensors file; returns the folder."""
+    """A random LoRA (both factors nonzero) of `make()`'s UNet in diffusers' own safetensors file, in `folder`."""
     pipe: DiffusionPipeline = make()  # pyright: ignore
     torch.manual_seed(1000 + seed)
-    pipe.unet.add_adapter(
-        LoraConfig(r=rank, lora_alpha=alpha or rank, target_modules=list(targets)), adapter_name="a"
-    )
+    pipe.unet.add_adapter(LoraConfig(r=rank, lora_alpha=alpha or rank, target_modules=list(targets)), adapter_name="a")
     state = get_peft_model_state_dict(pipe.unet, adapter_name="a")
     state = {key: 0.3 * torch.randn_like(value) for key, value in state.items()}
     type(pipe).save_lora_weights(folder, unet_lora_layers=state)

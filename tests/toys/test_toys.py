@@ -25,9 +25,7 @@ def test_rewards_conflict(name):
     """In each toy some two rewards conflict: the target of one scores lower than the prior on the other."""
     toy = toys.get(name)
     draw = {key: tilt(toy.prior, reward, toy.alpha) for key, reward in toy.rewards.items()}
-    samples = {
-        key: target.sample(4000, generator=torch.Generator().manual_seed(0)) for key, target in draw.items()
-    }
+    samples = {key: target.sample(4000, generator=torch.Generator().manual_seed(0)) for key, target in draw.items()}
     base = toy.prior.sample(4000, generator=torch.Generator().manual_seed(0))
     assert any(
         float(toy.rewards[other](samples[key]).mean()) < float(toy.rewards[other](base).mean())
