@@ -123,7 +123,8 @@ def _read(file: Path) -> tuple[dict[str, Tensor], str | None]:
             with safe_open(file, framework="pt") as opened:
                 weights = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
                 return weights, (opened.metadata() or {}).get("lora_adapter_metadata")
-        weights = torch.load(file, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings(action="ignore"):  # torch's doubts about a pickle that it then refuses
+            weights = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ValueError(
             f"{file} is refused: it is no pickle of tensors alone, and another could run code; "

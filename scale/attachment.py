@@ -34,13 +34,10 @@ def attach(
     """
     blender = make_blender(method, preference, adapters)
     denoiser = denoiser_of(pipe)
-    if getattr(denoiser, "peft_config", None):
-        attached = HOOK in getattr(getattr(denoiser, "_diffusers_hook", None), "hooks", {})
-        raise ValueError(
-            "the denoiser already has a blend attached; detach it first, or set knob.preference"
-            if attached
-            else f"the denoiser already has adapters, {', '.join(denoiser.peft_config)}; call pipe.unload_lora_weights()"
-        )
+    if held := ", ".join(getattr(denoiser, "peft_config", {})):
+        if HOOK in getattr(getattr(denoiser, "_diffusers_hook", None), "hooks", {}):
+            raise ValueError("the denoiser already has a blend attached; detach it first, or set knob.preference")
+        raise ValueError(f"the denoiser already has adapters ({held}); call pipe.unload_lora_weights() first")
     try:
         for name, path in adapters.items():
             load_adapter(pipe, path, name)
@@ -98,14 +95,19 @@ class BlendHook(ModelHook):
 
     def new_forward(self, module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
         """The denoiser's forward with one more meaning: same arguments, same type of result."""
-        given = inspect.signature(type(module).forward).bind(module, *args, **kwargs).arguments
-        given = {name: value for name, value in given.items() if name != "self"} | given.pop("kwargs", {})
-        (_, x), (_, t) = list(given.items())[:2]
-        conditioning = dict(list(given.items())[2:])
+        given = dict(inspect.signature(type(module).forward).bind(module, *args, **kwargs).arguments)
+        _, *names = given
+        given |= given.pop("kwargs", {})
+        first, x, t = names[0], given[names[0]], given["timestep"]
+        conditioning = {name: given[name] for name in given if name not in ("self", first, "timestep")}
         forward = self.fn_ref.original_forward
         assert forward is not None
-        experts = LoraExperts(self.pipe, self.names, self.switch, forward).bind(**conditioning)
-        blended = self.blender(experts, x, t, self.clock.step(self.pipe.scheduler, x, t))
+
+        def evaluate(x: Tensor, t: Tensor, **rest: Any) -> Any:
+            return forward(**{first: x, "timestep": t}, **rest)
+
+        experts = LoraExperts(self.pipe, self.names, self.switch, evaluate).bind(**conditioning)
+        blended = self.blender(experts, x, t, self.clock.step(self.pipe.scheduler, x))
         if given.get("return_dict", True):
             return _output_class(module)(sample=blended)
         return (blended,)
@@ -119,7 +121,7 @@ class Clock:
         self.index = 0
         self.phase = torch.empty(0)
 
-    def step(self, scheduler: Any, x: Tensor, t: Tensor) -> Step:
+    def step(self, scheduler: Any, x: Tensor) -> Step:
         """Where this call stands; a pipeline call sets its scheduler's timesteps anew, which starts a trajectory."""
         if scheduler.timesteps is not self.timesteps or len(self.phase) != len(x):
             self.timesteps, self.index, self.phase = scheduler.timesteps, 0, phases(x)

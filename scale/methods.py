@@ -19,11 +19,20 @@ def _kla(preference: Preference) -> Blender:
     return MeanBlend(preference)
 
 
+def _mpa_ls(preference: Preference) -> Blender:
+    if preference.kl_scale > 1:
+        raise ValueError(
+            f"mpa-ls draws one expert a step, so kl_scale is a probability, received {preference.kl_scale}; "
+            "use mpa, which goes above 1"
+        )
+    return SampledBlend(preference)
+
+
 METHODS: dict[str, Callable[[Preference], Blender]] = {
     "base": _base,
     "mpa": MeanBlend,
     "kla": _kla,
-    "mpa-ls": SampledBlend,
+    "mpa-ls": _mpa_ls,
 }
 
 

@@ -10,4 +10,4 @@ JUDGE = WEIGHTS / "judge"
 GUIDANCE = 3.0  # what the adapters were trained with
 
 # The shipped experts, and where their DPOK settings differ from the defaults.
-EXPERTS: dict[str, dict[str, Any]] = {"colorfulness": {}, "jpeg": {}}
+EXPERTS: dict[str, dict[str, Any]] = {"colorfulness": {"guidance": 1.0}, "jpeg": {}}

@@ -61,7 +61,10 @@ def _save_pipeline(pipe: StableDiffusionPipeline, folder: Path) -> None:
     """Write into a neighbouring folder first: a kill leaves no half model that looks whole."""
     unfinished = folder.with_name("." + folder.name)
     shutil.rmtree(unfinished, ignore_errors=True)
-    pipe.to(torch.float16).save_pretrained(unfinished, safe_serialization=True)
+    pipe.to(torch.float16)
+    # transformers opens a model in its stored type, diffusers in float32: a half text encoder would not fit the UNet
+    pipe.text_encoder.float()
+    pipe.save_pretrained(unfinished, safe_serialization=True)
     unfinished.rename(folder)
 
 
@@ -83,7 +86,7 @@ def build_adapter(reward: str, options: Build) -> None:
         return
     pipe = open_pipeline(options.out / "model")
     assert isinstance(pipe, StableDiffusionPipeline)
-    settings = Dpok(seed=options.seed, guidance=GUIDANCE, **EXPERTS[reward])
+    settings = Dpok(seed=options.seed, **{"guidance": GUIDANCE, **EXPERTS[reward]})
     history = train(pipe, load_scorer(reward), world.train_prompts(), settings, options.work / f"dpok-{reward}")
     save_adapter(pipe, folder)
     text = json.dumps({"reward": reward, "settings": asdict(settings), "history": history}, indent=1)

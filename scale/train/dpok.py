@@ -30,8 +30,8 @@ CONVOLUTIONS = ("conv1", "conv2")
 class Dpok:
     """Settings of a run. `alpha`, in units of the reward, weighs the KL in nats, summed over steps and dimensions."""
 
-    alpha: float = 0.001
-    rounds: int = 40
+    alpha: float = 1e-4
+    rounds: int = 60
     prompts_per_round: int = 8
     samples_per_prompt: int = 8
     steps: int = 20

@@ -52,10 +52,14 @@ class Policy:
 
     def noise(self, x: Latents, t: Int64[Tensor, " n"], text: Float[Tensor, "two n tokens features"]) -> Latents:
         """Guided noise prediction at timesteps `t`, one a sample."""
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16):
-            both = self.pipe.unet(torch.cat((x, x)), torch.cat((t, t)), text.flatten(0, 1), return_dict=False)[0]
-        unconditional, conditional = both.float().chunk(2)
+        if self.guidance == 1:
+            return self._denoise(x, t, text[1])
+        unconditional, conditional = self._denoise(torch.cat((x, x)), torch.cat((t, t)), text.flatten(0, 1)).chunk(2)
         return unconditional + self.guidance * (conditional - unconditional)
+
+    def _denoise(self, x: Tensor, t: Tensor, states: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16):
+            return self.pipe.unet(x, t, states, return_dict=False)[0].float()
 
     def moments(self, x: Latents, t: Int64[Tensor, " n"], eps: Latents) -> tuple[Latents, Tensor]:
         """Mean and standard deviation (n, 1, 1, 1) of DDIM's step at eta = 1 (Song et al. 2021, eq. 12 and 16)."""

@@ -117,7 +117,7 @@ REFUSED = {
     "lambda NaN": (f"{ASK} {MODEL} {BOTH} --weights a=1 --kl-scale nan", "kl_scale must be a finite"),
     "method": (f"{ASK} {MODEL} {BOTH} --weights a=1 --method soup", "unknown method 'soup'"),
     "kla with two": (f"{ASK} {MODEL} {BOTH} --weights a=.5 b=.5 --method kla", "kla blends the base with one adapter"),
-    "LS with lambda above 1": (f"{ASK} {MODEL} {BOTH} --weights a=1 --method mpa-ls --kl-scale 1.2", "mpa"),
+    "LS with lambda above 1": (f"{ASK} {MODEL} {BOTH} --weights a=1 --method mpa-ls --kl-scale 1.2", "use mpa"),
     "steps 0": (f"{ASK} --weights jpeg=1 --steps 0", "steps must be at least 1"),
     "too many steps": (f"{ASK} --model @model --method base --steps 2000", "1000"),
     "num 0": (f"{ASK} --weights jpeg=1 --num 0", "num must be at least 1"),
@@ -149,13 +149,14 @@ REFUSED = {
 def test_bad_input_is_one_line_and_code_2(
     files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, case: str
 ) -> None:
-    """Whatever is wrong: exit code 2, one line that names it, no traceback, no folder, no picture, no foreign code."""
+    """Whatever is wrong: exit code 2, one line that names it, no traceback, no file, no foreign code."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(scale.generate, "SCORERS", SCORERS)
     line, reason = REFUSED[case]
     with pytest.raises(SystemExit) as ended:
         main(command(files, line))
     assert_refused(capsys, ended.value.code, reason)
-    assert not list(tmp_path.iterdir())
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
     assert not (files / "sentinel").exists()
 
 
@@ -211,7 +212,8 @@ def test_bad_input_in_a_real_process(root: Path, files: Path, tmp_path: Path) ->
 
 
 FULL_DISK = f"""
-import resource, sys
+import os, resource, sys
+os.environ |= {{"TRANSFORMERS_VERBOSITY": "error", "DIFFUSERS_VERBOSITY": "error"}}  # as `main` does, before any import
 import scale.generate, scale.cli, PIL.PngImagePlugin
 scale.generate.SCORERS = {SCORERS}
 before = scale.generate.draw

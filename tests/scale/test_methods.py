@@ -49,7 +49,7 @@ def test_base_follows_no_adapter() -> None:
         ("soup", BOTH, ["a", "b"], "unknown method 'soup'; the methods are base, mpa, kla, mpa-ls"),
         ("MPA", BOTH, ["a", "b"], "unknown method"),
         ("kla", BOTH, ["a", "b"], "one adapter, received a, b"),
-        ("mpa-ls", ONE, ["a"], "MeanBlend|mpa"),
+        ("mpa-ls", ONE, ["a"], "kl_scale is a probability, received 1.5; use mpa"),
         ("mpa", BOTH, ["a"], 'unknown expert "b"'),
         ("mpa", ONE, ["a", "b"], 'no weight for expert "b"'),
         ("mpa", ONE, [], 'unknown expert "a"'),
