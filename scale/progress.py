@@ -1,20 +1,13 @@
 """The progress bar of everything that takes long."""
 
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 
 def progress_bar() -> Progress:
     """Counts, elapsed and remaining time, and a free `note`; tasks are added with `note=""`.
 
-    It is drawn on standard error, and only on a terminal: results go to standard output, and logs hold what went wrong.
+    It goes to standard error, for standard output may be JSON, and only to a terminal.
     """
     console = Console(stderr=True)
     return Progress(

@@ -15,7 +15,7 @@ from diffusers import AutoencoderKL, StableDiffusionPipeline
 from safetensors.torch import save_model
 
 from dbtheory.files import write_atomically
-from scale.mini import EXPERTS, GUIDANCE, WEIGHTS, base, card, world
+from scale.mini import EXPERTS, WEIGHTS, base, card, world
 from scale.mini.judge import train_judge
 from scale.pipeline import open_pipeline
 from scale.rewards import load_scorer
@@ -86,7 +86,7 @@ def build_adapter(reward: str, options: Build) -> None:
         return
     pipe = open_pipeline(options.out / "model")
     assert isinstance(pipe, StableDiffusionPipeline)
-    settings = Dpok(seed=options.seed, **{"guidance": GUIDANCE, **EXPERTS[reward]})
+    settings = Dpok(seed=options.seed, **EXPERTS[reward])
     history = train(pipe, load_scorer(reward), world.train_prompts(), settings, options.work / f"dpok-{reward}")
     save_adapter(pipe, folder)
     text = json.dumps({"reward": reward, "settings": asdict(settings), "history": history}, indent=1)

@@ -36,7 +36,8 @@ class Dpok:
     samples_per_prompt: int = 8
     steps: int = 20
     """DDIM steps of a trajectory, eta = 1."""
-    guidance: float = 3.0
+    guidance: float = 1.0
+    """1 is none: half the cost, and the images of a prompt vary more, which is what the policy gradient feeds on."""
     transitions: float = 0.5
     """Share of a round's transitions that its updates use."""
     updates: int = 6
