@@ -36,6 +36,10 @@ class Build:
     decoder_steps: int = 1_000
     denoiser_steps: int = 4_500
     judge_steps: int = 1_500
+    pictures: int = base.PICTURES
+    """Rendered pictures to train the model on, and as many others for the judge."""
+    card_prompts: int = card.PROMPTS
+    """Held-out prompts that the card is measured on."""
     seed: int = 0
 
 
@@ -44,7 +48,7 @@ def build_model(options: Build) -> None:
     folder = options.out / "model"
     if (folder / "model_index.json").exists():
         return
-    images, captions = base.pictures(options.work / "pictures.npz", seed=options.seed)
+    images, captions = base.pictures(options.work / "pictures.npz", options.pictures, seed=options.seed)
     encoder, decoder = options.work / "autoencoder", options.work / "decoder"
     if not (encoder / "config.json").exists():
         vae = base.train_autoencoder(images, options.work, options.autoencoder_steps, options.seed)
@@ -73,7 +77,7 @@ def build_judge(options: Build) -> None:
     folder = options.out / "judge"
     if (folder / "judge.json").exists():
         return
-    judge, accuracy = train_judge(options.work, options.judge_steps, options.seed)
+    judge, accuracy = train_judge(options.work, options.judge_steps, options.pictures, options.seed)
     write_atomically(folder / "judge.safetensors", lambda path: save_model(judge.half(), str(path)))
     text = json.dumps({"accuracy on held-out renders": accuracy, "steps": options.judge_steps, "seed": options.seed})
     write_atomically(folder / "judge.json", lambda path: path.write_text(text + "\n"))
@@ -104,7 +108,7 @@ def main(options: Build) -> None:
     for reward in options.experts:
         build_adapter(reward, options)
     if all((options.out / "adapters" / reward / "training.json").exists() for reward in EXPERTS):
-        card.write(options.out)
+        card.write(options.out, options.card_prompts)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,8 @@ CARD = """# The weights of the small world
 
 Made by `python -m scale.mini.build` (seeded, on a CPU) from pictures that `scale/mini/world.py` renders; no outside
 data. Training saw {pictures} pictures of the training prompts, {wrong:.0%} of the captions' colours wrong, so that the
-base model errs as real ones do. The held-out prompts were in no training.
+base model errs as real ones do. No training picture shows a held-out prompt, and the adapters never saw one; a wrong
+colour has by chance put the words of some held-out prompts under pictures of something else.
 
 - `model/`: a StableDiffusionPipeline (text encoder 0.1 M, autoencoder 0.2 M, UNet 3.9 M parameters), half precision.
 - `judge/`: names colours and shapes; every one of them right on {judged:.2%} of held-out renders.
@@ -78,11 +79,11 @@ def gains(table: dict[str, dict[str, list[float]]]) -> dict[str, float]:
     return {name: (table[name][name][0] - table["base"][name][0]) / table["base"][name][2] for name in mini.EXPERTS}
 
 
-def write(weights: Path) -> None:
+def write(weights: Path, prompts: int = PROMPTS) -> None:
     """Measure, and write `card.json` and `README.md` into the folder of the weights."""
-    table = measure(weights)
+    table = measure(weights, prompts)
     facts = {
-        "prompts": PROMPTS,
+        "prompts": prompts,
         "steps": STEPS,
         "eta": 1.0,
         "guidance": mini.GUIDANCE,

@@ -10,12 +10,12 @@ from scale.mini import base
 from scale.mini.loop import fit
 from scale.rewards.alignment import Judge, labels, split_logits
 
-TRAIN_PICTURES, TEST_PICTURES = 16_384, 2_000
+TEST_PICTURES = 2_000
 
 
-def train_judge(work: Path, steps: int, seed: int = 0) -> tuple[Judge, float]:
+def train_judge(work: Path, steps: int, pictures: int = base.PICTURES, seed: int = 0) -> tuple[Judge, float]:
     """The judge, and the share of held-out renders of which it names every colour and shape right."""
-    images, captions = base.pictures(work / "judge.npz", TRAIN_PICTURES, wrong_colours=0.0, seed=seed + 1)
+    images, captions = base.pictures(work / "judge.npz", pictures, wrong_colours=0.0, seed=seed + 1)
     wanted = torch.stack([labels(caption) for caption in captions])
     torch.manual_seed(seed)
 

@@ -79,7 +79,7 @@ def train_prompts() -> tuple[str, ...]:
 
 
 def held_out_prompts() -> tuple[str, ...]:
-    """400 captions that no training has seen, in a fixed shuffled order."""
+    """400 captions that no training picture shows, in a fixed shuffled order."""
     return _split()[1]
 
 

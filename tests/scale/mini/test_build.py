@@ -1,0 +1,73 @@
+"""`python -m scale.mini.build`, every stage made tiny."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from safetensors.torch import load_file
+
+from scale import mini
+from scale.mini import base, build, judge, world
+from scale.mini.build import Build
+
+
+@pytest.fixture
+def tiny(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Build:
+    """A few pictures, two steps a stage, one round an expert: seconds instead of an hour."""
+    small = {"rounds": 1, "prompts_per_round": 1, "samples_per_prompt": 2, "steps": 2, "transitions": 1.0, "updates": 1}
+    monkeypatch.setattr(mini, "EXPERTS", dict.fromkeys(mini.EXPERTS, small))
+    monkeypatch.setattr(build, "EXPERTS", mini.EXPERTS)
+    monkeypatch.setattr(judge, "TEST_PICTURES", 4)
+    steps = dict.fromkeys(("autoencoder_steps", "decoder_steps", "denoiser_steps", "judge_steps"), 2)
+    return Build(tmp_path / "work", tmp_path / "out", pictures=64, card_prompts=2, **steps)
+
+
+@pytest.mark.slow
+def test_every_stage_runs_and_is_not_run_again(tiny: Build) -> None:
+    """From nothing to a model that diffusers opens, a judge, two adapters and a card; a second run changes no file."""
+    build.main(tiny)
+    pipe = StableDiffusionPipeline.from_pretrained(tiny.out / "model")
+    assert {part.dtype for part in (pipe.unet, pipe.vae, pipe.text_encoder)} == {torch.float32}
+    files = {path: path.stat().st_mtime_ns for path in tiny.out.rglob("*") if path.is_file()}
+    names = {str(path.relative_to(tiny.out)) for path in files}
+    assert {"README.md", "card.json", "judge/judge.safetensors", "judge/judge.json"} <= names
+    for reward in mini.EXPERTS:
+        assert {f"adapters/{reward}/training.json", f"adapters/{reward}/pytorch_lora_weights.safetensors"} <= names
+    os.remove(tiny.out / "card.json")
+    build.main(tiny)
+    kept = {path: path.stat().st_mtime_ns for path in files if path.name not in ("card.json", "README.md")}
+    assert all(files[path] == when for path, when in kept.items())
+    assert (tiny.out / "card.json").is_file()
+
+
+@pytest.mark.slow
+def test_the_model_depends_on_the_seed_alone(tiny: Build) -> None:
+    """Two builds with one seed in two folders give the same UNet, bit for bit."""
+    other = Build(**{**vars(tiny), "work": tiny.work / "other", "out": tiny.out / "other"})
+    for options in (tiny, other):
+        options.work.mkdir(parents=True, exist_ok=True)
+        build.build_model(options)
+    name = "model/unet/diffusion_pytorch_model.safetensors"
+    first, second = load_file(tiny.out / name), load_file(other.out / name)
+    assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+def test_an_unknown_expert_is_refused(tiny: Build) -> None:
+    """ValueError that lists the experts, before any work."""
+    with pytest.raises(ValueError, match="colorfulness, jpeg"):
+        build.main(Build(**{**vars(tiny), "experts": ("beauty",)}))
+
+
+def test_pictures_are_rendered_once(tmp_path: Path) -> None:
+    """The captions are captions of training prompts' shapes, some colours wrong; a second call reads the file."""
+    path = tmp_path / "pictures.npz"
+    images, captions = base.pictures(path, 200, wrong_colours=0.5, seed=3)
+    assert images.shape == (200, 3, world.SIZE, world.SIZE)
+    known = set(world.train_prompts())
+    share = sum(caption in known for caption in captions) / len(captions)
+    assert 0.5 < share < 1.0  # a wrong colour may fall on a held-out caption
+    again, same = base.pictures(path, 200, wrong_colours=0.5, seed=3)
+    assert torch.equal(images, again)
+    assert captions == same
