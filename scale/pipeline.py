@@ -37,7 +37,7 @@ def open_pipeline(model: str | Path) -> DiffusionPipeline:
     for library in (diffusers.utils.logging, transformers.utils.logging):
         library.disable_progress_bar()  # one bar for every part of the model
     try:
-        pipe = DiffusionPipeline.from_pretrained(str(model))
+        pipe = DiffusionPipeline.from_pretrained(str(model), dtype=torch.float32)
     except Exception as error:  # a broken folder makes diffusers raise nearly anything
         reason = next(iter(str(error).splitlines()), "") or type(error).__name__
         raise ValueError(f"cannot load the model {model}: {reason}") from error
@@ -45,7 +45,7 @@ def open_pipeline(model: str | Path) -> DiffusionPipeline:
     if "prompt" not in accepted or "image" in accepted:
         raise ValueError(f"{type(pipe).__name__} of {model} does not make images from prompts alone")
     pipe.set_progress_bar_config(disable=True)
-    return pipe.to("cuda" if torch.cuda.is_available() else "cpu", torch.float32)
+    return pipe.to("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def draw(

@@ -6,7 +6,7 @@ reward, and the card that states what came out.
 
 import json
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -30,7 +30,7 @@ class Build:
     """Folder of checkpoints and training pictures; a killed build resumes from it."""
     out: Path = WEIGHTS
     """Folder that receives the weights; what is there already is kept."""
-    experts: tuple[str, ...] = tuple(EXPERTS)
+    experts: tuple[str, ...] = EXPERTS
     """Rewards to train an adapter for; several processes may build several at once."""
     autoencoder_steps: int = 2_000
     decoder_steps: int = 1_000
@@ -40,6 +40,7 @@ class Build:
     """Rendered pictures to train the model on, and as many others for the judge."""
     card_prompts: int = card.PROMPTS
     """Held-out prompts that the card is measured on."""
+    dpok: Dpok = field(default_factory=Dpok)
     seed: int = 0
 
 
@@ -90,7 +91,7 @@ def build_adapter(reward: str, options: Build) -> None:
         return
     pipe = open_pipeline(options.out / "model")
     assert isinstance(pipe, StableDiffusionPipeline)
-    settings = Dpok(seed=options.seed, **EXPERTS[reward])
+    settings = replace(options.dpok, seed=options.seed)
     history = train(pipe, load_scorer(reward), world.train_prompts(), settings, options.work / f"dpok-{reward}")
     save_adapter(pipe, folder)
     text = json.dumps({"reward": reward, "settings": asdict(settings), "history": history}, indent=1)

@@ -31,7 +31,7 @@ class Dpok:
     """Settings of a run. `alpha`, in units of the reward, weighs the KL in nats, summed over steps and dimensions."""
 
     alpha: float = 1e-4
-    rounds: int = 60
+    rounds: int = 30
     prompts_per_round: int = 8
     samples_per_prompt: int = 8
     steps: int = 20

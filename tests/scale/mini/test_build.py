@@ -11,17 +11,16 @@ from safetensors.torch import load_file
 from scale import mini
 from scale.mini import base, build, judge, world
 from scale.mini.build import Build
+from scale.train.dpok import Dpok
 
 
 @pytest.fixture
 def tiny(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Build:
     """A few pictures, two steps a stage, one round an expert: seconds instead of an hour."""
-    small = {"rounds": 1, "prompts_per_round": 1, "samples_per_prompt": 2, "steps": 2, "transitions": 1.0, "updates": 1}
-    monkeypatch.setattr(mini, "EXPERTS", dict.fromkeys(mini.EXPERTS, small))
-    monkeypatch.setattr(build, "EXPERTS", mini.EXPERTS)
+    dpok = Dpok(rounds=1, prompts_per_round=1, samples_per_prompt=2, steps=2, transitions=1.0, updates=1)
     monkeypatch.setattr(judge, "TEST_PICTURES", 4)
     steps = dict.fromkeys(("autoencoder_steps", "decoder_steps", "denoiser_steps", "judge_steps"), 2)
-    return Build(tmp_path / "work", tmp_path / "out", pictures=64, card_prompts=2, **steps)
+    return Build(tmp_path / "work", tmp_path / "out", pictures=64, card_prompts=2, dpok=dpok, **steps)
 
 
 @pytest.mark.slow

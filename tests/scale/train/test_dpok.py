@@ -94,7 +94,7 @@ def test_the_update_follows_the_gradient_of_the_expected_reward() -> None:
 
 
 def test_it_raises_its_reward(tmp_path: Path) -> None:
-    """The mean reward of the last ten of 40 rounds is above the first five's by half a standard deviation of the base."""
+    """The last ten of 40 rounds reward better than the first five, by half a standard deviation of the base model."""
     history = train(tiny.sd(), Brightness(), PROMPTS, settings(rounds=40, alpha=1e-6, learning_rate=2e-2), tmp_path)
     rewards = [record["reward"] for record in history]
     assert sum(rewards[-10:]) / 10 - sum(rewards[:5]) / 5 > 0.5 * history[0]["spread"]
