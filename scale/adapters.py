@@ -38,7 +38,7 @@ def denoiser_of(pipe: DiffusionPipeline) -> Any:
     return getattr(pipe, denoiser_name(pipe))
 
 
-def lora_layers(denoiser: nn.Module) -> list[LoraLayer]:
+def lora_layers(denoiser: nn.Module) -> list[Any]:
     """Every LoRA layer of a denoiser, in the order of its modules."""
     return [module for module in denoiser.modules() if isinstance(module, LoraLayer)]
 
@@ -80,13 +80,14 @@ def _check_name(name: str, denoiser: nn.Module) -> None:
 
 def _prepare(denoiser: nn.Module, name: str, scales: Mapping[str, float]) -> None:
     """Give the new adapter's layers their scaling, and freeze them."""
-    for module, layer in denoiser.named_modules():
-        if isinstance(layer, LoraLayer) and name in layer.lora_A:
-            layer.scaling[name] = scales[_plain(module)]
-            # loading leaves LoRA layers in train mode, where a saved dropout would make two equal calls differ
-            layer.eval().requires_grad_(False)
-            layer.lora_A[name].to(denoiser.dtype)
-            layer.lora_B[name].to(denoiser.dtype)
+    layers = {module: layer for module, layer in denoiser.named_modules() if isinstance(layer, LoraLayer)}
+    added: dict[str, Any] = {module: layer for module, layer in layers.items() if name in layer.lora_A}
+    for module, layer in added.items():
+        layer.scaling[name] = scales[_plain(module)]
+        # loading leaves LoRA layers in train mode, where a saved dropout would make two equal calls differ
+        layer.eval().requires_grad_(False)
+        layer.lora_A[name].to(denoiser.dtype)
+        layer.lora_B[name].to(denoiser.dtype)
 
 
 @contextlib.contextmanager
@@ -224,7 +225,7 @@ def _scales(
         if factor == "A.weight":
             rank = value.shape[0]
             try:
-                pattern = get_pattern_key(patterns, module)
+                pattern = get_pattern_key(list(patterns), module)
             except re.error as error:
                 raise ValueError(f"{file} has LoRA settings in its header that cannot be read: {error}") from error
             alpha = alphas.get(module, patterns.get(pattern, settings.get("lora_alpha", rank)))

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 from jaxtyping import Int64
-from peft.tuners.lora import LoraLayer
 from torch import Tensor
 
 from dbtheory.experts import Points
@@ -26,7 +25,7 @@ class AdapterSwitch:
     """Which adapter acts on which row of the next forward of one denoiser."""
 
     def __init__(self, denoiser: torch.nn.Module) -> None:
-        self.layers: list[LoraLayer] = lora_layers(denoiser)
+        self.layers = lora_layers(denoiser)
         self.rows: list[str] | None = None
         self._handles = [layer.register_forward_pre_hook(self._name_rows, with_kwargs=True) for layer in self.layers]
 
@@ -99,8 +98,8 @@ class LoraExperts:
             raise ValueError(f"no such experts: {unknown}; name at least one of {list(self.names)}")
         m, n = len(names), len(x)
         rows = [name for name in names for _ in range(n)]
-        repeated = [tile(value, n, m) for value in (x, torch.as_tensor(t, device=x.device))]
-        out = self._evaluate(rows, *repeated, tile(dict(self.conditioning or {}), n, m))
+        times = tile(torch.as_tensor(t, device=x.device), n, m)
+        out = self._evaluate(rows, tile(x, n, m), times, tile(dict(self.conditioning or {}), n, m))
         return out.unflatten(0, (m, n))
 
     def predict_each(self, x: Points, t: Tensor | float, assignment: Int64[Tensor, " n"]) -> Points:

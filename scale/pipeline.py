@@ -64,14 +64,15 @@ def draw(
     pipeline's default; `eta` (1: DDIM's stochastic step, which the experts were trained with) reaches the pipelines
     and schedulers that know it. `advance(k)` is called after every k pictures.
     """
-    accepted = inspect.signature(pipe.__call__).parameters
+    call: Any = pipe
+    accepted = inspect.signature(call.__call__).parameters
     options: dict[str, Any] = {"eta": eta} if "eta" in accepted else {}
     if guidance is not None:
         options["guidance_scale"] = guidance
     for start in range(0, len(pictures), batch_size):
         batch = pictures[start : start + batch_size]
         generators = [torch.Generator().manual_seed(picture.seed) for picture in batch]
-        images = pipe(
+        images = call(
             prompt=[picture.prompt for picture in batch],
             generator=generators,
             num_inference_steps=steps,

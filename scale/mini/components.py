@@ -1,5 +1,8 @@
 """The parts of the small world's Stable Diffusion model, untrained, in diffusers' and transformers' own classes."""
 
+# pyright: reportArgumentType=false
+# (diffusers annotates tuples of any length as tuples of one, and leaves schedulers out of its own union)
+
 import json
 
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import StableDiffusionPipeline
@@ -116,7 +117,7 @@ def _round(
 ) -> dict:  # fmt: skip
     """Sample, score, update."""
     rows = torch.randint(len(prompts), (settings.prompts_per_round,), generator=generator)
-    chosen = [prompts[i] for i in rows for _ in range(settings.samples_per_prompt)]
+    chosen = [prompts[int(i)] for i in rows for _ in range(settings.samples_per_prompt)]
     rollout = policy.rollout(chosen, generator)
     scores = scorer.score(rollout.images, chosen).to(rollout.images.device)
     # the spread of the base model's rewards fixes the scale of the objective for the whole run
@@ -184,7 +185,8 @@ def _groups(batches: list[Transitions], count: int) -> Iterator[list[Transitions
 
 def save_adapter(pipe: StableDiffusionPipeline, folder: Path) -> None:
     """Write the trained adapter as diffusers' `pytorch_lora_weights.safetensors`."""
-    layers = {k: v.half().contiguous() for k, v in get_peft_model_state_dict(pipe.unet, adapter_name=ADAPTER).items()}
+    trained = get_peft_model_state_dict(pipe.unet, adapter_name=ADAPTER)
+    layers: dict[str, Any] = {key: value.half().contiguous() for key, value in trained.items()}
     StableDiffusionPipeline.save_lora_weights(folder, unet_lora_layers=layers, safe_serialization=True)
 
 

@@ -63,7 +63,7 @@ class Policy:
 
     def moments(self, x: Latents, t: Int64[Tensor, " n"], eps: Latents) -> tuple[Latents, Tensor]:
         """Mean and standard deviation (n, 1, 1, 1) of DDIM's step at eta = 1 (Song et al. 2021, eq. 12 and 16)."""
-        stride = self.scheduler.config.num_train_timesteps // len(self.timesteps)
+        stride = self.scheduler.config["num_train_timesteps"] // len(self.timesteps)
         cumulative = self.scheduler.alphas_cumprod.to(x)
         before = torch.where(
             t >= stride, cumulative[(t - stride).clamp(min=0)], self.scheduler.final_alpha_cumprod.to(x)

@@ -22,8 +22,8 @@ def _train(work: Path, loss=_target, steps: int = 300) -> nn.Linear:
 
 
 def test_it_fits(tmp_path: Path) -> None:
-    """A linear map is learnt to 1e-2."""
-    module = _train(tmp_path)
+    """A linear map is learnt to 1e-2, once the run is long against the average's memory of 500 steps."""
+    module = _train(tmp_path, steps=5000)
     assert torch.allclose(module.weight, torch.ones(1, 3), atol=1e-2)
 
 
