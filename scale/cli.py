@@ -93,9 +93,11 @@ def _demo(out: Path, seed: int) -> dict[str, Any]:
     with progress_bar() as bar:
         toy_task = bar.add_task("toy", total=None, note="sampler steps")
         image_task = bar.add_task("images", total=(len(images.WEIGHTS) + 1) * images.PROMPTS, note="pictures")
+        bar.console.print("a toy whose answer is known: ring of six, five preferences, four samplers")
         toy = toys.demo.run(
             out, seed=seed, progress=lambda done, total: bar.update(toy_task, completed=done, total=total)
         )
+        bar.console.print(f"images of the small world: {images.PROMPTS} prompts, the base and five preferences")
         pictures = images.run(out, seed=seed, advance=lambda k: bar.update(image_task, advance=k))
     results = {"toy": toy, "images": pictures}
     write_atomically(out / "demo.json", lambda path: path.write_text(json.dumps(results, indent=1) + "\n"))

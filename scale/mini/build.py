@@ -69,6 +69,7 @@ def _save_pipeline(pipe: StableDiffusionPipeline, folder: Path) -> None:
     pipe.to(torch.float16)
     # transformers opens a model in its stored type, diffusers in float32: a half text encoder would not fit the UNet
     pipe.text_encoder.float()
+    pipe.vae.register_to_config(_name_or_path="")  # it would tell where this machine keeps its checkpoints
     pipe.save_pretrained(unfinished, safe_serialization=True)
     unfinished.rename(folder)
 

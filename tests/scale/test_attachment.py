@@ -236,7 +236,7 @@ def test_an_exception_inside_a_call_leaves_the_pipeline_usable(make: Make, files
     [
         (half(), "soup", "unknown method"),
         (half(), "kla", "kla"),
-        (half(kl_scale=1.5), "mpa-ls", "MeanBlend"),
+        (half(kl_scale=1.5), "mpa-ls", "use mpa"),
         (Preference({"style": 1.0}), "mpa", "no weight for expert"),
         (Preference({"style": 0.5, "other": 0.5}), "mpa", "unknown expert"),
     ],

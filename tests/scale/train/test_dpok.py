@@ -94,7 +94,7 @@ def test_the_update_follows_the_gradient_of_the_expected_reward() -> None:
 
 
 def test_it_raises_its_reward(tmp_path: Path) -> None:
-    """The last 20 of 60 rounds reward better than the first 10, beyond the 1e-5 level (z = 4.3); control: no learning."""
+    """The last 20 of 60 rounds reward better than the first 10, at the 1e-5 level (z = 4.3); control: no learning."""
 
     def z(learning_rate: float) -> float:
         options = settings(rounds=60, alpha=1e-6, learning_rate=learning_rate)
