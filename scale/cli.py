@@ -85,20 +85,22 @@ def _demo(out: Path, seed: int) -> dict[str, Any]:
     """Both halves of the demo under one progress bar; writes `demo.json` beside the figures."""
     if out.exists() and not out.is_dir():
         raise ValueError(f"the output folder {out} is a file; choose another folder")
-    import toys.demo
-    from dbtheory.files import write_atomically
-    from scale.mini import demo as images
     from scale.progress import progress_bar
 
     with progress_bar() as bar:
-        toy_task = bar.add_task("toy", total=None, note="sampler steps")
-        image_task = bar.add_task("images", total=(len(images.WEIGHTS) + 1) * images.PROMPTS, note="pictures")
+        # said before anything heavy is imported
         bar.console.print("a toy whose answer is known: ring of six, five preferences, four samplers")
-        toy = toys.demo.run(
-            out, seed=seed, progress=lambda done, total: bar.update(toy_task, completed=done, total=total)
-        )
+        import toys.demo
+        from dbtheory.files import write_atomically
+
+        task = bar.add_task("toy", total=None, note="sampler steps")
+        toy = toys.demo.run(out, seed=seed, progress=lambda done, total: bar.update(task, completed=done, total=total))
+
+        from scale.mini import demo as images
+
         bar.console.print(f"images of the small world: {images.PROMPTS} prompts, the base and five preferences")
-        pictures = images.run(out, seed=seed, advance=lambda k: bar.update(image_task, advance=k))
+        task = bar.add_task("images", total=(len(images.WEIGHTS) + 1) * images.PROMPTS, note="pictures")
+        pictures = images.run(out, seed=seed, advance=lambda k: bar.update(task, advance=k))
     results = {"toy": toy, "images": pictures}
     write_atomically(out / "demo.json", lambda path: path.write_text(json.dumps(results, indent=1) + "\n"))
     return results | {"json": str(out / "demo.json")}

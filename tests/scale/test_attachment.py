@@ -12,7 +12,9 @@ from diffusers import (
     DPMSolverMultistepScheduler,
     EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
+    HeunDiscreteScheduler,
     PNDMScheduler,
+    UniPCMultistepScheduler,
 )
 from torch import Tensor
 
@@ -31,6 +33,8 @@ SCHEDULERS = [
     EulerDiscreteScheduler,
     EulerAncestralDiscreteScheduler,
     DPMSolverMultistepScheduler,
+    HeunDiscreteScheduler,
+    UniPCMultistepScheduler,
 ]
 Make = Callable[[], DiffusionPipeline]
 
