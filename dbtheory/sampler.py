@@ -111,6 +111,8 @@ def sample(
     """
     if method not in METHODS:
         raise ValueError(f"method must be one of {METHODS}, received {method!r}")
+    if not 0 <= eta <= 1:
+        raise ValueError(f"eta must lie in [0, 1] (0 is deterministic, 1 is ancestral), received {eta}")
     if n < 1:
         raise ValueError(f"n must be at least 1, received {n}")
     schedule, shape = experts.schedule, (n, *experts.event_shape)

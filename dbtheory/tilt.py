@@ -54,8 +54,8 @@ def whitened_tilt(prior: GaussianMixture, reward: Reward, alpha: Scale) -> White
     precision = torch.eye(prior.dim).to(root) + root.mT @ scaled.Q @ root
     cholesky, failed = torch.linalg.cholesky_ex(precision)
     pivots = cholesky.diagonal(dim1=-2, dim2=-1)
-    rounding = 16 * torch.finfo(precision.dtype).eps * precision.abs().amax((-2, -1))
-    if bool((failed.bool() | (pivots.square().amin(-1) <= rounding)).any()):
+    rounding = 16 * torch.finfo(precision.dtype).eps * precision.diagonal(dim1=-2, dim2=-1).abs()
+    if bool((failed.bool() | (pivots.square() <= rounding).any(-1)).any()):
         raise ValueError(
             "the tilt does not exist: a component's precision + Q/alpha is not positive definite, "
             f"smallest whitened eigenvalue {torch.linalg.eigvalsh(precision).min().item():.3g}; "

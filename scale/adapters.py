@@ -14,10 +14,10 @@ import torch
 from diffusers import DiffusionPipeline
 from diffusers.utils import convert_unet_state_dict_to_peft, logging
 from peft.tuners.lora import LoraLayer
-from peft.utils.other import get_pattern_key
 from safetensors import safe_open
 from torch import Tensor, nn
 
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 FILE_NAMES = ("pytorch_lora_weights.safetensors", "pytorch_lora_weights.bin")
 REFUSED = {
     "DoRA": ("dora_scale", "lora_magnitude_vector"),
@@ -61,7 +61,7 @@ def load_adapter(pipe: DiffusionPipeline, path: str | Path, name: str) -> None:
     _check_values(weights, file)
     weights, alphas = _to_peft(pipe, weights, component, file)
     _check_shapes(denoiser, weights, component, file)
-    scales = _scales(weights, alphas, _settings(header, component, file), component, file)
+    scales = _scales(weights, alphas, _settings(header, component, file), component)
     try:
         with _quiet():
             denoiser.load_lora_adapter(weights, prefix=component, adapter_name=name)
@@ -152,7 +152,9 @@ def _check_values(weights: Mapping[str, Tensor], file: Path) -> None:
                 f"{file} has a {kind} part ({key}), which is not supported; use a plain LoRA of the denoiser"
             )
     for key, value in weights.items():
-        if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+        if value.dtype not in FLOATS:
+            raise ValueError(f"{file} stores {key} as {value.dtype}; save it as float16, bfloat16 or float32")
+        if not bool(torch.isfinite(value).all()):
             raise ValueError(f"{file} contains NaN or infinite values in {key}; the training that made it diverged")
 
 
@@ -206,7 +208,9 @@ def _settings(header: str | None, component: str, file: Path) -> dict[str, Any]:
         settings = {key.removeprefix(f"{component}."): v for key, v in given.items() if key.startswith(f"{component}.")}
         alphas = [settings.get("lora_alpha", 1), *(settings.get("alpha_pattern") or {}).values()]
         readable = all(isinstance(alpha, int | float) and math.isfinite(alpha) for alpha in alphas)
-    except (ValueError, RecursionError, AttributeError):
+        # peft reads patterns as regular expressions, and a stranger's may run for ever: names of modules alone pass
+        readable &= all(re.fullmatch(r"\^?[\w.]+", name) for name in settings.get("alpha_pattern") or {})
+    except (ValueError, RecursionError, AttributeError, OverflowError):
         readable, settings = False, {}
     if not readable:
         raise ValueError(f"{file} has LoRA settings in its header that cannot be read; save it again")
@@ -216,7 +220,7 @@ def _settings(header: str | None, component: str, file: Path) -> dict[str, Any]:
 
 
 def _scales(
-    weights: Mapping[str, Tensor], alphas: Mapping[str, float], settings: Mapping[str, Any], component: str, file: Path
+    weights: Mapping[str, Tensor], alphas: Mapping[str, float], settings: Mapping[str, Any], component: str
 ) -> dict[str, float]:
     """`alpha / rank` by module: its own alpha, else the header's, else the rank."""
     patterns, scales = settings.get("alpha_pattern") or {}, {}
@@ -224,11 +228,8 @@ def _scales(
         module, _, factor = key.removeprefix(f"{component}.").rpartition(".lora_")
         if factor == "A.weight":
             rank = value.shape[0]
-            try:
-                pattern = get_pattern_key(list(patterns), module)
-            except re.error as error:
-                raise ValueError(f"{file} has LoRA settings in its header that cannot be read: {error}") from error
-            alpha = alphas.get(module, patterns.get(pattern, settings.get("lora_alpha", rank)))
+            named = [v for name, v in patterns.items() if f".{module}".endswith("." + name.removeprefix("^"))]
+            alpha = alphas.get(module, named[0] if named else settings.get("lora_alpha", rank))
             scales[module] = alpha / (rank**0.5 if settings.get("use_rslora") else rank)
     return scales
 

@@ -2,7 +2,7 @@
 
 import hashlib
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,12 +38,13 @@ def attach(
         if HOOK in getattr(getattr(denoiser, "_diffusers_hook", None), "hooks", {}):
             raise ValueError("the denoiser already has a blend attached; detach it first, or set knob.preference")
         raise ValueError(f"the denoiser already has adapters ({held}); call pipe.unload_lora_weights() first")
+    trainable = [parameter for parameter in denoiser.parameters() if parameter.requires_grad]
     try:
         for name, path in adapters.items():
             load_adapter(pipe, path, name)
-        return Knob(pipe, tuple(adapters), preference, method, blender)
+        return Knob(pipe, tuple(adapters), preference, method, blender, trainable)
     except BaseException:
-        _unload(denoiser)
+        _unload(denoiser, trainable)
         raise
 
 
@@ -57,14 +58,13 @@ class Knob:
         preference: Preference,
         method: str,
         blender: Blender,
+        trainable: Sequence[torch.nn.Parameter],
     ) -> None:
-        self._denoiser, self._adapters, self._preference, self.method = (
-            denoiser_of(pipe),
-            adapters,
-            preference,
-            method,
-        )
+        self.method = method
+        self._denoiser, self._trainable = denoiser_of(pipe), trainable
+        self._adapters, self._preference = adapters, preference
         self._hook = BlendHook(pipe, (BASE, *adapters), blender)
+        self._attached = True
         HookRegistry.check_if_exists_or_initialize(self._denoiser).register_hook(self._hook, HOOK)
 
     @property
@@ -74,14 +74,18 @@ class Knob:
 
     @preference.setter
     def preference(self, preference: Preference) -> None:
+        if not self._attached:
+            raise ValueError("this blend is detached, so a preference has no effect; attach again")
         self._hook.blender = make_blender(self.method, preference, self._adapters)
         self._preference = preference
 
     def detach(self) -> None:
-        """Remove the blend and its adapters: the pipeline is as it was before `attach`, bit for bit."""
-        HookRegistry.check_if_exists_or_initialize(self._denoiser).remove_hook(HOOK, recurse=False)
-        self._hook.switch.remove()
-        _unload(self._denoiser)
+        """Remove the blend and its adapters: the pipeline is as it was before `attach`, bit for bit. Once is enough."""
+        if self._attached:
+            HookRegistry.check_if_exists_or_initialize(self._denoiser).remove_hook(HOOK, recurse=False)
+            self._hook.switch.remove()
+            _unload(self._denoiser, self._trainable)
+            self._attached = False
 
 
 class BlendHook(ModelHook):
@@ -123,8 +127,10 @@ class Clock:
 
     def step(self, scheduler: Any, x: Tensor) -> Step:
         """Where this call stands; a pipeline call sets its scheduler's timesteps anew, which starts a trajectory."""
-        if scheduler.timesteps is not self.timesteps or len(self.phase) != len(x):
+        if scheduler.timesteps is not self.timesteps or not len(self.phase):
             self.timesteps, self.index, self.phase = scheduler.timesteps, 0, phases(x)
+        if len(self.phase) != len(x):  # a callback has turned guidance on or off: the same images, twice or once
+            self.phase = self.phase.repeat(len(x) // len(self.phase) + 1)[: len(x)]
         index, self.index = self.index, self.index + 1
         times = scheduler.timesteps / scheduler.config.num_train_timesteps
         t_next = times[index + 1] if index + 1 < len(times) else 0.0
@@ -149,6 +155,9 @@ def _output_class(module: torch.nn.Module) -> type:
     return UNet2DConditionOutput if isinstance(module, UNet2DConditionModel) else Transformer2DModelOutput
 
 
-def _unload(denoiser: Any) -> None:
+def _unload(denoiser: Any, trainable: Sequence[torch.nn.Parameter]) -> None:
+    """Take all adapters off, and give back the gradients that peft switches off in the base model."""
     if getattr(denoiser, "peft_config", None):
         denoiser.unload_lora()
+    for parameter in trainable:
+        parameter.requires_grad_(True)

@@ -52,7 +52,7 @@ class Generate:
     adapter: Words = ()
     """NAME=PATH of each LoRA file or folder."""
     seed: int = 0
-    """Seed of the first image of each prompt; the next has the next seed."""
+    """Seed of each prompt's first image; the next has the next. A seed fixes the noise and the draw of experts."""
     num: int = 1
     """Images a prompt."""
     steps: int = 50

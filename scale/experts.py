@@ -68,6 +68,8 @@ class LoraExperts:
     @property
     def schedule(self) -> VPDiscrete:
         config = self.pipe.scheduler.config
+        if getattr(config, "beta_schedule", None) != "scaled_linear":
+            raise ValueError(f"{type(self.pipe.scheduler).__name__} has no scaled-linear betas: no schedule is known")
         return VPDiscrete(config.beta_start, config.beta_end, config.num_train_timesteps)
 
     @property

@@ -52,6 +52,8 @@ class Request:
                 raise ValueError(f"{name} must be at least 1, received {getattr(self, name)}")
         if not 0 <= self.seed <= LAST_SEED - self.num:
             raise ValueError(f"seeds must lie in [0, 2**63), received {self.seed} for the first of {self.num}")
+        if self.method == "base":
+            Preference({"ignored": 1.0}, self.kl_scale)  # weights do not matter here, but a wrong lambda is a mistake
         if not 0 <= self.eta <= 1:
             raise ValueError(f"eta must lie in [0, 1], received {self.eta}")
         if self.guidance is not None and not math.isfinite(self.guidance):
@@ -104,20 +106,22 @@ def generate(request: Request) -> Path:
     ]
     scorers = [load_scorer(name) for name in SCORERS]
     request.out.mkdir(parents=True, exist_ok=True)
-    record = _settings(request, adapters, type(pipe.scheduler).__name__, guidance)
+    record = _settings(request, adapters, pipe, guidance)
     with progress_bar() as bar:
         task = bar.add_task("images", total=len(pictures), note="")
         for batch, images in draw(
             pipe, pictures, steps=request.steps, guidance=guidance, eta=request.eta,
             batch_size=request.batch_size, advance=lambda k: bar.update(task, advance=k),
         ):  # fmt: skip
+            if not record["images"]:
+                (request.out / RECORD).unlink(missing_ok=True)  # an older record must not describe new pictures
             for picture, image in zip(batch, images, strict=True):
                 record["images"].append(_save(picture, image, scorers, request.out))
             write_atomically(request.out / RECORD, lambda path: path.write_text(json.dumps(record, indent=1) + "\n"))
     return request.out / RECORD
 
 
-def _settings(request: Request, adapters: Mapping[str, Path], scheduler: str, guidance: float | None) -> dict[str, Any]:
+def _settings(request: Request, adapters: Mapping[str, Path], pipe: Any, guidance: float | None) -> dict[str, Any]:
     preference = request.preference
     return {
         "model": request.model or "the shipped small world",
@@ -126,11 +130,13 @@ def _settings(request: Request, adapters: Mapping[str, Path], scheduler: str, gu
         "kl_scale": preference.kl_scale if preference else 0.0,
         "coefficients": preference.coefficients() if preference else {"base": 1.0},
         "adapters": {name: path.name if request.model is None else str(path) for name, path in adapters.items()},
-        "scheduler": scheduler,
+        "scheduler": type(pipe.scheduler).__name__,
         "steps": request.steps,
         "guidance": guidance,
         "eta": request.eta,
         "batch_size": request.batch_size,
+        "device": str(pipe.device),
+        "dtype": str(pipe.dtype).removeprefix("torch."),
         "versions": {name: _version(name) for name in PACKAGES},
         "images": [],
     }

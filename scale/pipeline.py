@@ -79,5 +79,7 @@ def draw(
             output_type="pt",
             **options,
         ).images
+        if not bool(torch.isfinite(images).all()):
+            raise ValueError("the model's images are not finite; lower kl_scale or guidance")
         yield batch, images.float().cpu()
         advance(len(batch))

@@ -5,7 +5,6 @@ import shlex
 from pathlib import Path
 
 import pytest
-import torch
 
 from scale import cli
 
@@ -24,10 +23,9 @@ def test_python_blocks(root: Path, capsys: pytest.CaptureFixture) -> None:
     samples, target = session["x"], session["target"]
     error = (samples.mean(0) - target.mean).abs()
     # five standard errors, plus what DB-MPA itself is off by on this problem
-    assert bool((error < 5 * target.covariance.diagonal().sqrt() / len(samples) ** 0.5 + 0.15).all())
+    assert bool((error < 5 * target.covariance.diagonal().sqrt() / len(samples) ** 0.5 + 0.05).all())
     assert session["image"].size == (64, 64)
     assert not hasattr(session["pipe"].unet, "peft_config")
-    assert torch.is_tensor(samples)
 
 
 def test_shell_blocks(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""Rebuild every shipped weight of the small world: `python -m scale.mini.build`.
+"""Rebuild every shipped weight of the small world: `python -m scale.mini.build`, into `build/mini/weights`.
 
 Stages run in order and each resumes after a kill: pictures, autoencoder, decoder, denoiser, judge, one adapter a
 reward, and the card that states what came out.
@@ -6,6 +6,7 @@ reward, and the card that states what came out.
 
 import json
 import shutil
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from diffusers import AutoencoderKL, StableDiffusionPipeline
 from safetensors.torch import save_model
 
 from dbtheory.files import write_atomically
-from scale.mini import EXPERTS, WEIGHTS, base, card, world
+from scale.mini import EXPERTS, base, card, world
 from scale.mini.judge import train_judge
 from scale.pipeline import open_pipeline
 from scale.rewards import load_scorer
@@ -27,9 +28,9 @@ class Build:
     """Retrain the small world's model, its judge and its adapters."""
 
     work: Path = Path("build/mini")
-    """Folder of checkpoints and training pictures; a killed build resumes from it."""
-    out: Path = WEIGHTS
-    """Folder that receives the weights; what is there already is kept."""
+    """Folder of checkpoints and training pictures; a killed build resumes from it, with the same options."""
+    out: Path = Path("build/mini/weights")
+    """Folder that receives the weights; what is there already is kept. The shipped ones are in scale/mini/weights."""
     experts: tuple[str, ...] = EXPERTS
     """Rewards to train an adapter for; several processes may build several at once."""
     autoencoder_steps: int = 2_000
@@ -51,26 +52,27 @@ def build_model(options: Build) -> None:
         return
     images, captions = base.pictures(options.work / "pictures.npz", options.pictures, seed=options.seed)
     encoder, decoder = options.work / "autoencoder", options.work / "decoder"
-    if not (encoder / "config.json").exists():
+    if not encoder.exists():
         vae = base.train_autoencoder(images, options.work, options.autoencoder_steps, options.seed)
-        vae.save_pretrained(encoder)
-    if not (decoder / "config.json").exists():
+        _save_folder(vae.save_pretrained, encoder)
+    if not decoder.exists():
         vae = AutoencoderKL.from_pretrained(encoder)
-        base.polish_decoder(vae, images, options.work, options.decoder_steps, options.seed).save_pretrained(decoder)
+        vae = base.polish_decoder(vae, images, options.work, options.decoder_steps, options.seed)
+        _save_folder(vae.save_pretrained, decoder)
     vae = AutoencoderKL.from_pretrained(decoder)
     pipe = base.train_denoiser(vae, images, captions, options.work, options.denoiser_steps, options.seed)
-    _save_pipeline(pipe, folder)
-
-
-def _save_pipeline(pipe: StableDiffusionPipeline, folder: Path) -> None:
-    """Write into a neighbouring folder first: a kill leaves no half model that looks whole."""
-    unfinished = folder.with_name("." + folder.name)
-    shutil.rmtree(unfinished, ignore_errors=True)
     pipe.to(torch.float16)
     # transformers opens a model in its stored type, diffusers in float32: a half text encoder would not fit the UNet
     pipe.text_encoder.float()
     pipe.vae.register_to_config(_name_or_path="")  # it would tell where this machine keeps its checkpoints
-    pipe.save_pretrained(unfinished, safe_serialization=True)
+    _save_folder(pipe.save_pretrained, folder)
+
+
+def _save_folder(save: Callable[[Path], object], folder: Path) -> None:
+    """Write into a neighbouring folder first: a kill leaves no half model that looks whole."""
+    unfinished = folder.with_name("." + folder.name)
+    shutil.rmtree(unfinished, ignore_errors=True)
+    save(unfinished)
     unfinished.rename(folder)
 
 
@@ -99,12 +101,22 @@ def build_adapter(reward: str, options: Build) -> None:
     write_atomically(folder / "training.json", lambda path: path.write_text(text + "\n"))
 
 
+def _claim(options: Build) -> None:
+    """Checkpoints carry no options of their own: a work folder belongs to the options that it was begun with."""
+    chosen = {name: value for name, value in asdict(options).items() if name not in ("work", "out", "experts")}
+    text, path = json.dumps(chosen, indent=1) + "\n", options.work / "options.json"
+    if path.exists() and path.read_text() != text:
+        raise ValueError(f"{options.work} holds a build with other options ({path}); choose another --work folder")
+    write_atomically(path, lambda temporary: temporary.write_text(text))
+
+
 def main(options: Build) -> None:
     """Run every stage whose result is not there."""
     unknown = set(options.experts) - set(EXPERTS)
     if unknown:
         raise ValueError(f"no expert {', '.join(unknown)}; the experts are {', '.join(EXPERTS)}")
     options.work.mkdir(parents=True, exist_ok=True)
+    _claim(options)
     build_model(options)
     build_judge(options)
     for reward in options.experts:

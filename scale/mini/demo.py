@@ -14,8 +14,8 @@ from dbtheory.preference import Preference
 from scale import mini
 from scale.attachment import attach
 from scale.mini import world
+from scale.mini.card import statistics
 from scale.pipeline import Picture, draw, open_pipeline
-from scale.rewards import SCORERS, load_scorer
 
 FIRST, SECOND = "colorfulness", "jpeg"
 WEIGHTS = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -27,8 +27,8 @@ def run(
 ) -> dict[str, Any]:
     """The base model and DB-MPA at every w (the weight of colorfulness) on held-out prompts, one seed each.
 
-    Writes `pareto.png` and `contact-sheet.png` into `out`; returns a JSON-able dict whose rows hold the mean and the
-    standard error of every reward. `advance(k)` is called after every k of the `(len(WEIGHTS) + 1) * prompts` pictures.
+    Writes `pareto.png` and `contact-sheet.png` into `out`; returns a JSON-able dict whose rows hold mean, standard
+    error and standard deviation of every reward. `advance(k)` is called after every k pictures.
     """
     pipe = open_pipeline(mini.MODEL)
     pictures = [Picture(p, i, seed * 1000 + i) for i, p in enumerate(world.held_out_prompts()[:prompts])]
@@ -45,7 +45,7 @@ def run(
     knob.detach()
 
     captions = [picture.prompt for picture in pictures]
-    rows = [{"model": label, **_statistics(batch, captions)} for label, batch in made.items()]
+    rows = [{"model": label, **statistics(batch, captions)} for label, batch in made.items()]
     write_atomically(out / "pareto.png", lambda path: _pareto(rows).savefig(path, dpi=150))
     sheet = {label: batch for label, batch in made.items() if label != "base"}
     write_atomically(out / "contact-sheet.png", lambda path: _sheet(sheet, captions[:SHOWN]).savefig(path, dpi=150))
@@ -53,15 +53,6 @@ def run(
         "rewards": [FIRST, SECOND], "prompts": prompts, "seed": seed, "steps": STEPS, "guidance": mini.GUIDANCE,
         "rows": rows, "figures": [str(out / "pareto.png"), str(out / "contact-sheet.png")],
     }  # fmt: skip
-
-
-def _statistics(images: Tensor, prompts: Sequence[str]) -> dict[str, list[float]]:
-    """Mean and standard error of every reward."""
-    statistics = {}
-    for name in SCORERS:
-        scores = load_scorer(name).score(images, prompts)
-        statistics[name] = [float(scores.mean()), float(scores.std() / len(scores) ** 0.5)]
-    return statistics
 
 
 def _pareto(rows: Sequence[Mapping[str, Any]]) -> Figure:

@@ -66,6 +66,10 @@ class Dpok:
         ):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, received {getattr(self, name)}")
+        if not (0 < self.transitions <= 1 and self.microbatch >= 1):
+            raise ValueError(
+                f"received transitions {self.transitions} and microbatch {self.microbatch}; use (0, 1] and at least 1"
+            )
         if self.samples_per_prompt < 2:
             raise ValueError("samples_per_prompt must be at least 2: their mean is the baseline of the prompt")
 
@@ -122,6 +126,8 @@ def _round(
     scores = scorer.score(rollout.images, chosen).to(rollout.images.device)
     # the spread of the base model's rewards fixes the scale of the objective for the whole run
     scale = history[0]["spread"] if history else float(scores.std())
+    if not scale > 0:  # NaN too
+        raise ValueError(f"{scorer.name} gave the images of the first round one score, or NaN: nothing to learn")
     groups = scores.unflatten(0, (-1, settings.samples_per_prompt))
     advantage = ((groups - groups.mean(1, keepdim=True)) / scale).flatten()
     batch = _transitions(policy, rollout, advantage, settings, generator)

@@ -137,3 +137,12 @@ def test_other_rewards_are_refused() -> None:
         tilt(PRIOR, LinearReward(torch.ones(3).double()), 1.0)
     with pytest.raises(ValueError, match="QuadraticReward"):
         tilt(PRIOR, FunctionReward(lambda x: x.sum(-1)), 1.0)
+
+
+def test_a_strong_reward_in_one_direction_is_a_tilt_in_float32() -> None:
+    """N(0, I) with Q = diag(1e4, 0) at alpha = 0.01: precision diag(1e6 + 1, 1) is definite, if ill-conditioned."""
+    one = torch.ones(1)
+    prior = GaussianMixture(one, torch.zeros(1, 2), torch.eye(2)[None])
+    reward = QuadraticReward(torch.diag(torch.tensor([1e4, 0.0])), torch.zeros(2))
+    covariance = tilt(prior, reward, alpha=0.01).covariance
+    assert torch.allclose(covariance, torch.diag(torch.tensor([1 / (1e6 + 1), 1.0])), rtol=1e-5, atol=1e-9)

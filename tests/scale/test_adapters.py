@@ -315,3 +315,34 @@ def test_a_pipeline_without_a_denoiser() -> None:
 
     with pytest.raises(ValueError, match="neither a unet nor a transformer"):
         denoiser_name(DiffusionPipeline())
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bool, torch.complex64, torch.float8_e4m3fn])
+def test_numbers_that_are_no_floats_are_refused(tmp_path: Path, dtype: torch.dtype) -> None:
+    """Types that a LoRA cannot be stored in would be a traceback, or load as something else."""
+    pipe = tiny.sd()
+    file = tiny.save_lora(tiny.sd, tmp_path / "a", 1) / "pytorch_lora_weights.safetensors"
+    save_file({key: value.to(dtype) for key, value in load_file(file).items()}, file)
+    with pytest.raises(ValueError, match="save it as"):
+        load_adapter(pipe, file, "a")
+
+
+@pytest.mark.parametrize("header", [{"unet.alpha_pattern": {"([a-z_0-9.]+)+X": 4}}, {"unet.lora_alpha": 10**400}])
+def test_a_hostile_header_neither_hangs_nor_crashes(tmp_path: Path, header: dict) -> None:
+    """A regular expression that backtracks for ever, and an alpha that no float holds, are refused at once."""
+    file = tiny.save_lora(tiny.sd, tmp_path / "a", 1) / "pytorch_lora_weights.safetensors"
+    save_file(load_file(file), file, {"lora_adapter_metadata": json.dumps(header)})
+    with pytest.raises(ValueError, match="header"):
+        load_adapter(tiny.sd(), file, "a")
+
+
+def test_an_alpha_pattern_acts_on_the_modules_it_names(tmp_path: Path) -> None:
+    """Alpha 8 at rank 4 doubles the layers that the header names, the others keep 1."""
+    pipe = tiny.sd()
+    file = tiny.save_lora(tiny.sd, tmp_path / "a", 1) / "pytorch_lora_weights.safetensors"
+    header = {"unet.lora_alpha": 4, "unet.alpha_pattern": {"attn1.to_q": 8}}
+    save_file(load_file(file), file, {"lora_adapter_metadata": json.dumps(header)})
+    load_adapter(pipe, file, "a")
+    scales = {name: layer.scaling["a"] for name, layer in pipe.unet.named_modules() if hasattr(layer, "scaling")}
+    assert scales == {name: 2.0 if name.endswith("attn1.to_q") else 1.0 for name in scales}
+    assert set(scales.values()) == {1.0, 2.0}

@@ -104,6 +104,8 @@ def test_detach_restores_the_pipeline_bit_for_bit(make: Make, files: dict) -> No
     pipe = make()
     before, expected = {k: v.clone() for k, v in pipe.unet.state_dict().items()}, run(pipe)
     kinds = [type(module) for module in pipe.unet.modules()]
+    pipe.unet.conv_in.requires_grad_(False)
+    trainable = [parameter.requires_grad for parameter in pipe.unet.parameters()]
     knob = attach(pipe, files, half())
     run(pipe)
     knob.detach()
@@ -113,7 +115,11 @@ def test_detach_restores_the_pipeline_bit_for_bit(make: Make, files: dict) -> No
     assert [type(module) for module in pipe.unet.modules()] == kinds
     assert not any(module._forward_pre_hooks for module in pipe.unet.modules())
     assert not hasattr(pipe.unet, "peft_config")
+    assert [parameter.requires_grad for parameter in pipe.unet.parameters()] == trainable
     assert torch.equal(run(pipe), expected)
+    with pytest.raises(ValueError, match="detached"):
+        knob.preference = half()
+    knob.detach()  # once more changes nothing
     attach(pipe, files, half())  # and it can be attached again
 
 
@@ -205,6 +211,32 @@ def test_callbacks_batches_and_output_types_keep_working(make: Make, files: dict
                   generator=torch.Generator().manual_seed(0)).images  # fmt: skip
     assert steps == [0, 1, 2]
     assert [image.size for image in images] == [(16, 16)] * 2
+
+
+def test_guidance_may_be_turned_off_on_the_way(make: Make, files: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A callback that halves the rows changes neither the count of steps nor the phases of the images."""
+    pipe, steps = make(), []
+    knob = attach(pipe, files, half(), method="mpa-ls")
+    blender = knob._hook.blender
+
+    def spy(experts, x: Tensor, t: Tensor, step: Step) -> Tensor:
+        steps.append(step)
+        return blender(experts, x, t, step)
+
+    def callback(pipe, index: int, _t, values: dict) -> dict:
+        if index == 3:
+            pipe._guidance_scale = 1.0
+            values = {name: value.chunk(2)[-1] for name, value in values.items() if name != "latents"}
+            for name in ("add_text_embeds", "add_time_ids"):
+                values.setdefault(name, None)
+        return {name: value for name, value in values.items() if value is not None}
+
+    inputs = ["prompt_embeds"] if make is tiny.sd else ["prompt_embeds", "add_text_embeds", "add_time_ids"]
+    monkeypatch.setattr(knob._hook, "blender", spy)
+    run(pipe, num_inference_steps=8, callback_on_step_end=callback, callback_on_step_end_tensor_inputs=inputs)
+    assert [step.index for step in steps] == list(range(8))
+    assert [len(step.phase) for step in steps] == [4] * 4 + [2] * 4
+    assert torch.equal(steps[-1].phase, steps[0].phase[:2])
 
 
 def test_preference_can_change_between_calls(make: Make, files: dict) -> None:

@@ -115,6 +115,8 @@ REFUSED = {
     "lambda negative": (f"{ASK} {MODEL} {BOTH} --weights a=1 --kl-scale -1", "kl_scale must be at least 0"),
     "lambda infinite": (f"{ASK} {MODEL} {BOTH} --weights a=1 --kl-scale inf", "kl_scale must be a finite"),
     "lambda NaN": (f"{ASK} {MODEL} {BOTH} --weights a=1 --kl-scale nan", "kl_scale must be a finite"),
+    "lambda negative, base": (f"{ASK} --model @model --method base --kl-scale -1", "kl_scale must be at least 0"),
+    "no finite image": (f"{ASK} --model @model --method base --steps 2 --guidance 1e38", "not finite"),
     "method": (f"{ASK} {MODEL} {BOTH} --weights a=1 --method soup", "unknown method 'soup'"),
     "kla with two": (f"{ASK} {MODEL} {BOTH} --weights a=.5 b=.5 --method kla", "kla blends the base with one adapter"),
     "LS with lambda above 1": (f"{ASK} {MODEL} {BOTH} --weights a=1 --method mpa-ls --kl-scale 1.2", "use mpa"),

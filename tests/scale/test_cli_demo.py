@@ -28,7 +28,7 @@ def test_it_prints_two_tables_and_where_its_files_lie(
     for row in results["toy"]["rows"]:
         assert f"{row['mpa']:.3f}" in text
     for row in results["images"]["rows"]:
-        mean, error = row["alignment"]
+        mean, error, _ = row["alignment"]
         assert f"{mean:.3f} +- {error:.3f}" in text
     written = [line.removeprefix("written: ") for line in text.splitlines() if line.startswith("written: ")]
     assert sorted(Path(file).name for file in written) == ["contact-sheet.png", "demo.json", "pareto.png", "toy.png"]

@@ -53,6 +53,21 @@ def test_the_model_depends_on_the_seed_alone(tiny: Build) -> None:
     assert all(torch.equal(first[key], second[key]) for key in first)
 
 
+def test_a_work_folder_belongs_to_its_options(tiny: Build) -> None:
+    """Checkpoints of another seed would be resumed as if they were this one's: ValueError that says what to do."""
+    tiny.work.mkdir()
+    build._claim(tiny)
+    build._claim(Build(**{**vars(tiny), "out": tiny.out / "elsewhere", "experts": ("jpeg",)}))
+    with pytest.raises(ValueError, match="other options"):
+        build._claim(Build(**{**vars(tiny), "seed": 1}))
+
+
+def test_the_shipped_weights_do_not_stand_in_for_a_build() -> None:
+    """By default a build writes beside its checkpoints; in the shipped folder every stage would look done."""
+    assert not Build().out.resolve().is_relative_to(mini.WEIGHTS.resolve())
+    assert mini.WEIGHTS.resolve() not in Build().out.resolve().parents
+
+
 def test_an_unknown_expert_is_refused(tiny: Build) -> None:
     """ValueError that lists the experts, before any work."""
     with pytest.raises(ValueError, match="colorfulness, jpeg"):

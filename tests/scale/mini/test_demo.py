@@ -16,7 +16,7 @@ def test_it_reports_every_preference_and_draws_its_figures(tmp_path: Path) -> No
     assert [row["model"] for row in results["rows"]] == ["base", "w = 0", "w = 0.25", "w = 0.5", "w = 0.75", "w = 1"]
     for row in results["rows"]:
         assert set(row) == {"model", *SCORERS}
-        assert all(error > 0 for mean, error in (row[name] for name in SCORERS))
+        assert all(error > 0 for _, error, _ in (row[name] for name in SCORERS))
     means = {row["model"]: row["colorfulness"][0] for row in results["rows"]}
     assert len(set(means.values())) == len(means)
     for figure in results["figures"]:
