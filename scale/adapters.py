@@ -26,7 +26,7 @@ REFUSED = {
 
 
 def denoiser_name(pipe: DiffusionPipeline) -> str:
-    """ "unet" or "transformer", whichever the pipeline has; ValueError for neither."""
+    """Either "unet" or "transformer", whichever the pipeline has; ValueError for neither."""
     for name in ("unet", "transformer"):
         if isinstance(getattr(pipe, name, None), nn.Module):
             return name

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.hooks import HookRegistry, ModelHook
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel, UNet2DConditionOutput
 from torch import Tensor
 
 from dbtheory.blend import Blender, Step
@@ -94,12 +96,14 @@ class BlendHook(ModelHook):
     def __init__(self, pipe: DiffusionPipeline, names: tuple[str, ...], blender: Blender) -> None:
         super().__init__()
         self.pipe, self.names, self.blender = pipe, names, blender
-        self.switch = AdapterSwitch(denoiser_of(pipe))
+        denoiser = denoiser_of(pipe)
+        self.switch = AdapterSwitch(denoiser)
+        self.signature = inspect.signature(type(denoiser).forward)
         self.clock = Clock()
 
     def new_forward(self, module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
         """The denoiser's forward with one more meaning: same arguments, same type of result."""
-        given = dict(inspect.signature(type(module).forward).bind(module, *args, **kwargs).arguments)
+        given = dict(self.signature.bind(module, *args, **kwargs).arguments)
         _, *names = given
         given |= given.pop("kwargs", {})
         first, x, t = names[0], given[names[0]], given["timestep"]
@@ -149,9 +153,6 @@ def phases(x: Tensor) -> Tensor:
 
 
 def _output_class(module: torch.nn.Module) -> type:
-    from diffusers.models.modeling_outputs import Transformer2DModelOutput
-    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel, UNet2DConditionOutput
-
     return UNet2DConditionOutput if isinstance(module, UNet2DConditionModel) else Transformer2DModelOutput
 
 

@@ -92,12 +92,12 @@ def generate(request: Request) -> Path:
         ValueError: anything wrong with the request (before the model is loaded), the model or the adapters.
         OSError: a picture or the record cannot be written; what was written before stays.
     """
-    adapters = request.chosen_adapters()
-    if request.preference is not None:
-        make_blender(request.method, request.preference, adapters)
+    adapters, preference = request.chosen_adapters(), request.preference
+    if preference is not None:
+        make_blender(request.method, preference, adapters)  # refuses a bad request before the model is loaded
     pipe = open_pipeline(request.model or mini.MODEL)
-    if request.preference is not None:
-        attach(pipe, adapters, request.preference, request.method)
+    if preference is not None:
+        attach(pipe, adapters, preference, request.method)
     guidance = mini.GUIDANCE if request.model is None and request.guidance is None else request.guidance
     pictures = [
         Picture(prompt, index, request.seed + i)
@@ -129,7 +129,7 @@ def _settings(request: Request, adapters: Mapping[str, Path], pipe: Any, guidanc
         "weights": preference.weights if preference else {},
         "kl_scale": preference.kl_scale if preference else 0.0,
         "coefficients": preference.coefficients() if preference else {"base": 1.0},
-        "adapters": {name: path.name if request.model is None else str(path) for name, path in adapters.items()},
+        "adapters": {name: path.name if path.parent == mini.ADAPTERS else str(path) for name, path in adapters.items()},
         "scheduler": type(pipe.scheduler).__name__,
         "steps": request.steps,
         "guidance": guidance,

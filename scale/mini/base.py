@@ -6,12 +6,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, StableDiffusionPipeline
-from rich.progress import track
 from torch import Tensor, nn
 
 from dbtheory.files import write_atomically
 from scale.mini import components, world
 from scale.mini.loop import fit
+from scale.progress import progress_bar
 
 PICTURES = 16_384
 WRONG_COLOURS = 0.15  # of the captions' colours: the base model is imperfect, as Stable Diffusion is
@@ -27,10 +27,11 @@ def pictures(
         prompts = world.train_prompts()
         singles = [p for p in prompts if len(world.parse(p)) == 1]
         images, captions = [], []
-        for _ in track(range(count), "pictures"):
-            prompt = str(rng.choice(singles if rng.random() < 0.3 else prompts))
-            images.append(world.render(world.parse(prompt), rng))
-            captions.append(world.caption(tuple(_mislabel(thing, wrong_colours, rng) for thing in world.parse(prompt))))
+        with progress_bar() as bar:
+            for _ in bar.track(range(count), task_id=bar.add_task("pictures", total=count, note="")):
+                prompt = str(rng.choice(singles if rng.random() < 0.3 else prompts))
+                images.append(world.render(world.parse(prompt), rng))
+                captions.append(world.caption(tuple(_mislabel(t, wrong_colours, rng) for t in world.parse(prompt))))
         write_atomically(path, lambda temporary: np.savez(temporary, images=np.stack(images), captions=captions))
     stored = np.load(path)
     return torch.from_numpy(stored["images"]).permute(0, 3, 1, 2), [str(c) for c in stored["captions"]]

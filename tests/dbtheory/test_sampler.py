@@ -295,3 +295,13 @@ def test_bad_input(changes, said):
     arguments = {"n": 4, "steps": 5, "generator": torch.Generator().manual_seed(0)} | changes
     with pytest.raises(ValueError, match=said):
         sample(gaussian(VPLinear()), BASE, **arguments)
+
+
+@pytest.mark.parametrize("eta", [-0.1, 1.5, float("nan"), float("inf")])
+def test_an_eta_outside_the_unit_interval_is_refused(eta: float) -> None:
+    """Beyond 1 the deterministic part is the root of a negative number, which was found steps later as NaN points."""
+    toy = toys.get("two-modes")
+    experts = ExactExperts(toy.prior, toy.rewards, toy.alpha, toy.schedule)
+    blend = MeanBlend(Preference(dict.fromkeys(toy.rewards, 1 / len(toy.rewards))))
+    with pytest.raises(ValueError, match="eta must lie in"):
+        sample(experts, blend, 4, 3, torch.Generator().manual_seed(0), method="ddim", eta=eta)

@@ -52,8 +52,10 @@ def test_description_follows_the_scheduler(experts: LoraExperts) -> None:
     for index in (0, 499, 999):
         squared = experts.schedule.alpha((index + 1) / 1000) ** 2
         assert float(squared) == pytest.approx(float(scheduler.alphas_cumprod[index]), rel=1e-5)
-    scheduler.register_to_config(prediction_type="v_prediction")
+    scheduler.register_to_config(prediction_type="v_prediction", beta_schedule="linear")
     assert experts.parametrization == "v"
+    with pytest.raises(ValueError, match="scaled-linear"):
+        _ = experts.schedule
 
 
 def test_tile_repeats_rows_wherever_they_are() -> None:

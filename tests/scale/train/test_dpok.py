@@ -153,3 +153,17 @@ def test_settings_that_make_no_sense_are_refused(name: str) -> None:
         Dpok(rounds=0)
     with pytest.raises(ValueError, match="baseline"):
         Dpok(samples_per_prompt=1)
+    for options in ({"transitions": 0.0}, {"transitions": 1.5}, {"microbatch": 0}):
+        with pytest.raises(ValueError, match="transitions"):
+            Dpok(**options)
+
+
+def test_a_reward_that_tells_no_images_apart_is_refused(tmp_path: Path) -> None:
+    """Equal scores in the first round leave no scale for the objective: ValueError that names the reward."""
+
+    class Flat(Brightness):
+        def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+            return torch.ones(len(images))
+
+    with pytest.raises(ValueError, match="brightness gave the images"):
+        train(tiny.sd(), Flat(), PROMPTS, settings(), tmp_path)
