@@ -1,6 +1,5 @@
 """The blenders: which experts are evaluated, and how their predictions become one."""
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
@@ -9,9 +8,9 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
+from dbtheory.assignment import independent_choice, rotation_choice
 from dbtheory.experts import Experts, Points
 from dbtheory.preference import Preference
-from dbtheory.random import uniform
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,7 +47,7 @@ class MeanBlend:
 
     def __call__(self, experts: Experts, x: Points, t: Tensor | float, step: Step) -> Points:
         self.preference.validate(experts.names)
-        return _weighted_sum(experts, x, t, self.preference.coefficients())
+        return weighted_sum(experts, x, t, self.preference.coefficients())
 
 
 @dataclass(frozen=True)
@@ -95,82 +94,8 @@ class SampledBlend:
         return draw(probabilities, step.index, step.phase)
 
 
-def independent_choice(probabilities: Sequence[float], index: int, phase: Float[Tensor, " n"]) -> Int64[Tensor, " n"]:
-    """Draws from the categorical law, independent over samples and steps: a hash of phase and step."""
-    edges = torch.tensor(probabilities, dtype=torch.float64, device=phase.device).cumsum(0)[:-1]
-    return torch.searchsorted(edges, uniform(phase, index + 1), right=True)
-
-
-def rotation_choice(probabilities: Sequence[float], index: int, phase: Float[Tensor, " n"]) -> Int64[Tensor, " n"]:
-    """The low-discrepancy order: expert 0 at step k iff `floor((k+1) w + U) > floor(k w + U)` (MATH.md 6).
-
-    More than two experts nest: the steps that expert 0 leaves are counted on their own and split again, with
-    an independent phase, so that each draw keeps the exact law and every prefix holds each expert in
-    proportion.
-    """
-    choice = torch.full(phase.shape, len(probabilities) - 1, dtype=torch.int64, device=phase.device)
-    undecided = torch.ones_like(choice, dtype=torch.bool)
-    k = torch.full_like(choice, index)
-    remaining = sum(probabilities)
-    for level, probability in enumerate(probabilities[:-1]):
-        w = probability / remaining
-        u = phase.to(torch.float64) if level == 0 else uniform(phase, -level)
-        before = torch.floor(k * w + u).long()
-        taken = torch.floor((k + 1) * w + u).long() > before
-        choice = torch.where(undecided & taken, level, choice)
-        undecided &= ~taken
-        k = k - before
-        remaining -= probability
-    return choice
-
-
-@dataclass(frozen=True)
-class PrecisionBlend:
-    """MSDDA for isotropic kernels `N(mu_i, s_i^2 I)`: the step-wise optimum of MATH.md 7.
-
-    Precisions add: `L = sum_i c_i / s_i^2`, so it is DB-MPA with coefficients `rho_i = c_i / (s_i^2 L)` and
-    step variance `1 / L`. `variances` maps "base" and every expert of the preference to `s_i^2`, in units of
-    the sampler's own step variance. All equal: DB-MPA.
-
-    Raises:
-        ValueError: a variance that is missing, unknown, or not positive and finite; `L` not positive.
-    """
-
-    preference: Preference
-    variances: Mapping[str, Tensor | float | int]
-
-    def __post_init__(self) -> None:
-        expected = self.preference.coefficients()
-        if set(self.variances) != set(expected):
-            raise ValueError(f"variances are needed for {sorted(expected)}, received {sorted(self.variances)}")
-        for name, variance in self.variances.items():
-            if not (0 < float(variance) < math.inf):
-                raise ValueError(f'variance of "{name}" must be positive and finite, received {variance}')
-        if self._precision() <= 0:
-            raise ValueError(
-                f"the blended precision sum c_i / s_i^2 is {self._precision():.6g}, not positive: no such "
-                f"Gaussian step exists; lower kl_scale ({self.preference.kl_scale:.6g})"
-            )
-
-    @property
-    def noise_variance(self) -> float:
-        """`1 / L`: the blended step's variance, in units of the sampler's own."""
-        return 1.0 / self._precision()
-
-    def coefficients(self) -> dict[str, float]:
-        """`rho_i`, which sum to 1."""
-        total = self._precision()
-        return {name: c / float(self.variances[name]) / total for name, c in self.preference.coefficients().items()}
-
-    def __call__(self, experts: Experts, x: Points, t: Tensor | float, step: Step) -> Points:
-        self.preference.validate(experts.names)
-        return _weighted_sum(experts, x, t, self.coefficients())
-
-    def _precision(self) -> float:
-        return sum(c / float(self.variances[name]) for name, c in self.preference.coefficients().items())
-
-
-def _weighted_sum(experts: Experts, x: Tensor, t: Tensor | float, coefficients: Mapping[str, float]) -> Tensor:
+def weighted_sum(experts: Experts, x: Points, t: Tensor | float, coefficients: Mapping[str, float]) -> Points:
+    """`sum_i coefficients[i] prediction_i`; experts with coefficient zero are not evaluated."""
     active = [name for name in experts.names if coefficients[name] != 0]
     predictions = experts.predict(x, t, active)
     if len(active) == 1:

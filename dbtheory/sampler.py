@@ -9,9 +9,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from dbtheory.blend import Blender, PrecisionBlend, Step
+from dbtheory.blend import Blender, Step
 from dbtheory.experts import Experts, Points
 from dbtheory.parametrization import convert
+from dbtheory.precision import PrecisionBlend
 from dbtheory.schedule import NoiseSchedule
 
 METHODS = ("ddpm", "ddim", "euler")

@@ -11,7 +11,7 @@ os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
 # nothing that the tests do may reach a model hub
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-hook = install_import_hook(["dbtheory", "toys", "scale"], "beartype.beartype")
+hook = install_import_hook(["dbtheory", "toys", "scale", "proofs_check"], "beartype.beartype")
 
 
 @pytest.fixture(scope="session")

@@ -33,6 +33,8 @@ UNKNOWN = {
     "control": {"preference", "experts", "blend", "sampler"},
     "preference": {"schedule", "mixture", "reward", "tilt", "control", "experts", "blend", "sampler"},
     "blend": {"mixture", "reward", "tilt", "control", "sampler"},
+    "assignment": {"mixture", "reward", "tilt", "control", "experts", "blend", "sampler"},
+    "precision": {"mixture", "reward", "tilt", "control", "sampler"},
     "sampler": {"mixture", "reward", "tilt", "control"},
 }
 LONGEST = 350

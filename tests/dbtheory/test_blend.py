@@ -8,7 +8,8 @@ from scipy import integrate, stats
 
 import toys
 from dbtheory import ExactExperts, MeanBlend, PrecisionBlend, Preference, SampledBlend
-from dbtheory.blend import Step, independent_choice, rotation_choice
+from dbtheory.assignment import independent_choice, rotation_choice
+from dbtheory.blend import Step
 from dbtheory.parametrization import convert
 from tests.chance import alarms, law_p_value, mean_p_value
 

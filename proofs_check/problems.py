@@ -1,0 +1,73 @@
+"""Random alignment problems for the claims: a prior, quadratic rewards, a preference, and points at a time."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dbtheory import VE, GaussianMixture, QuadraticReward, RectifiedFlow, VPLinear
+from dbtheory.schedule import NoiseSchedule
+
+SCHEDULES: tuple[NoiseSchedule, ...] = (VPLinear(), VE(), RectifiedFlow())
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A prior, rewards with simplex weights `w`, `alpha`, and points `x` (n, d) at the time `t`."""
+
+    prior: GaussianMixture
+    rewards: tuple[QuadraticReward, ...]
+    w: tuple[float, ...]
+    alpha: float
+    schedule: NoiseSchedule
+    x: Tensor
+    t: float
+
+    @property
+    def combined(self) -> QuadraticReward:
+        """`r(w) = sum_i w_i r_i`."""
+        return sum(w * reward for w, reward in zip(self.w, self.rewards, strict=True))
+
+
+def random_problems(
+    count: int,
+    dims: tuple[int, ...],
+    seed: int,
+    *,
+    points: int = 5,
+    rewards: int = 2,
+    components: int = 3,
+    lowest_t: float = 0.01,
+) -> Iterator[Problem]:
+    """`count` problems; schedules and dimensions take turns, alpha is log-uniform in [0.1, 2].
+
+    Components have standard deviations in [0.4, 1.2]. Curvatures of rewards over alpha stay above -0.3, so that
+    targets exist, also for a KL scale up to 2. Points are drawn 1.3 times as wide as the noised prior.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    for index in range(count):
+        schedule, dim = SCHEDULES[index % len(SCHEDULES)], dims[(index // len(SCHEDULES)) % len(dims)]
+        alpha = 10 ** float(_uniform(-1, 0.3, (), generator))
+        t = float(_uniform(lowest_t, schedule.t_start, (), generator))
+        weights, w = (_uniform(0.2, 1.0, (k,), generator) for k in (components, rewards))
+        spread = _uniform(0.16, 1.44, (components, dim), generator)
+        covariances = _symmetric(spread, generator)
+        means = 2 * torch.randn(components, dim, generator=generator, dtype=torch.float64)
+        prior = GaussianMixture(weights / weights.sum(), means, covariances)
+        curvatures = _symmetric(_uniform(-0.3 * alpha, 2.0, (rewards, dim), generator), generator)
+        slopes = torch.randn(rewards, dim, generator=generator, dtype=torch.float64)
+        terms = tuple(QuadraticReward(q, b, 0.7) for q, b in zip(curvatures, slopes, strict=True))
+        x = 1.3 * prior.noised(schedule, t).sample(points, generator)
+        yield Problem(prior, terms, tuple((w / w.sum()).tolist()), alpha, schedule, x, t)
+
+
+def _uniform(low: float, high: float, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    return low + (high - low) * torch.rand(shape, generator=generator, dtype=torch.float64)
+
+
+def _symmetric(eigenvalues: Tensor, generator: torch.Generator) -> Tensor:
+    """Symmetric matrices (k, d, d) with these eigenvalues (k, d) and random axes."""
+    k, dim = eigenvalues.shape
+    axes, _ = torch.linalg.qr(torch.randn(k, dim, dim, generator=generator, dtype=torch.float64))
+    return (axes * eigenvalues.unsqueeze(-2)) @ axes.mT
