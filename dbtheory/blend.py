@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dbtheory.assignment import independent_choice, rotation_choice
 from dbtheory.experts import Experts, Points
-from dbtheory.preference import Preference
+from dbtheory.preference import Amount, Preference
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,6 +27,11 @@ class Step:
     t_next: Tensor | float
     phase: Float[Tensor, " n"]
 
+    @property
+    def progress(self) -> float:
+        """0 at the first evaluation (noise), 1 at the last (data)."""
+        return self.index / (self.count - 1) if self.count > 1 else 0.0
+
 
 @runtime_checkable
 class Blender(Protocol):
@@ -35,19 +40,32 @@ class Blender(Protocol):
     def __call__(self, experts: Experts, x: Points, t: Tensor | float, step: Step) -> Points: ...
 
 
+@runtime_checkable
+class AffineBlender(Blender, Protocol):
+    """A blender whose prediction is an affine combination of the experts': what Feynman-Kac can correct."""
+
+    def coefficients(self, step: Step) -> Mapping[str, Amount]:
+        """By expert, summing to 1: numbers, or tensors `(n,)` with one preference a sample."""
+        ...
+
+
 @dataclass(frozen=True)
 class MeanBlend:
     """DB-MPA, DB-KLA and both at once: `sum_i c_i prediction_i` with the preference's coefficients.
 
     Evaluates only experts with a nonzero coefficient; a one-hot preference is that expert's prediction, bit
-    for bit. Raises ValueError if the experts are not those of the preference.
+    for bit. Raises ValueError if the experts are not those of the preference, or the samples not as many.
     """
 
     preference: Preference
 
+    def coefficients(self, step: Step) -> Mapping[str, Amount]:
+        """The preference's own: `{"base": 1 - lambda, name: lambda w}`."""
+        return self.preference.coefficients(step.progress)
+
     def __call__(self, experts: Experts, x: Points, t: Tensor | float, step: Step) -> Points:
         self.preference.validate(experts.names)
-        return weighted_sum(experts, x, t, self.preference.coefficients())
+        return weighted_sum(experts, x, t, self.coefficients(step))
 
 
 @dataclass(frozen=True)
@@ -94,14 +112,38 @@ class SampledBlend:
         return draw(probabilities, step.index, step.phase)
 
 
-def weighted_sum(experts: Experts, x: Points, t: Tensor | float, coefficients: Mapping[str, float]) -> Points:
-    """`sum_i coefficients[i] prediction_i`; experts with coefficient zero are not evaluated."""
-    active = [name for name in experts.names if coefficients[name] != 0]
-    predictions = experts.predict(x, t, active)
-    if len(active) == 1:
+def weighted_sum(experts: Experts, x: Points, t: Tensor | float, coefficients: Mapping[str, Amount]) -> Points:
+    """`sum_i coefficients[i] prediction_i`; experts whose coefficient is zero everywhere are not evaluated."""
+    active = active_names(experts, coefficients)
+    return combine(experts.predict(x, t, active), [coefficients[name] for name in active])
+
+
+def active_names(experts: Experts, coefficients: Mapping[str, Amount]) -> list[str]:
+    """The experts whose coefficient is not zero for every sample, in the experts' order."""
+    return [name for name in experts.names if name in coefficients and _is_used(coefficients[name])]
+
+
+def combine(predictions: Float[Tensor, "m n *event"], coefficients: Sequence[Amount]) -> Points:
+    """`sum_i coefficients[i] predictions[i]`, coefficients being numbers or one number a sample `(n,)`."""
+    if len(predictions) == 1:
         # its coefficient is 1 up to rounding: multiplying could only lose bits
         return predictions[0]
-    blended = coefficients[active[0]] * predictions[0]
-    for name, prediction in zip(active[1:], predictions[1:], strict=True):
-        blended = blended.add(prediction, alpha=coefficients[name])
+    first, *rest = (_beside(c, predictions[0]) for c in coefficients)
+    blended = first * predictions[0]
+    for c, prediction in zip(rest, predictions[1:], strict=True):
+        # one pass over memory, not two
+        blended = blended.addcmul(c, prediction) if isinstance(c, Tensor) else blended.add(prediction, alpha=c)
     return blended
+
+
+def _is_used(coefficient: Amount) -> bool:
+    return bool(coefficient.any()) if isinstance(coefficient, Tensor) else coefficient != 0
+
+
+def _beside(coefficient: Amount, x: Tensor) -> Tensor | float:
+    """A number as it is; one number a sample in the shape, dtype and device that multiply `x` (n, ...)."""
+    if not isinstance(coefficient, Tensor):
+        return coefficient
+    if len(coefficient) != len(x):
+        raise ValueError(f"one preference a sample: {len(x)} samples, received {len(coefficient)} preferences")
+    return coefficient.to(x).reshape(-1, *[1] * (x.ndim - 1))

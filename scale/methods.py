@@ -7,7 +7,7 @@ from dbtheory.preference import Preference
 
 
 def _base(preference: Preference) -> Blender:
-    return MeanBlend(Preference(preference.weights, kl_scale=0.0))
+    return MeanBlend(Preference(preference.weights, kl_scale=0.0, allow_negative=True))
 
 
 def _kla(preference: Preference) -> Blender:
@@ -20,7 +20,7 @@ def _kla(preference: Preference) -> Blender:
 
 
 def _mpa_ls(preference: Preference) -> Blender:
-    if preference.kl_scale > 1:
+    if isinstance(preference.kl_scale, float) and preference.kl_scale > 1:
         raise ValueError(
             f"mpa-ls draws one expert a step, so kl_scale is a probability, received {preference.kl_scale}; "
             "use mpa, which goes above 1"

@@ -70,6 +70,33 @@ def test_mean_blend_is_the_weighted_sum(scale):
     torch.testing.assert_close(blended, expected, rtol=1e-13, atol=1e-13)
 
 
+def test_one_preference_a_sample_is_each_row_alone():
+    """Rows with their own weights and lambda are what each row gets under its preference alone; one-hot bit for bit."""
+    experts, x = ring(), cloud(4)
+    w, scale = torch.tensor([0.0, 0.3, 1.0, 0.5]), torch.tensor([1.0, 0.5, 1.0, 1.7])
+    together = MeanBlend(Preference({"east": w, "north": 1 - w}, scale))(experts, x, 0.4, step(4))
+    for i in range(4):
+        alone = Preference({"east": float(w[i]), "north": 1 - float(w[i])}, float(scale[i]))
+        expected = MeanBlend(alone)(experts, x[i : i + 1], 0.4, step(1))
+        torch.testing.assert_close(together[i : i + 1], expected, rtol=1e-6, atol=1e-6)
+    base, east, north = experts.predict(x, 0.4, ["base", "east", "north"])
+    assert torch.equal(together[0], north[0])
+    assert torch.equal(together[2], east[2])
+    with pytest.raises(ValueError, match="3 samples, received 4 preferences"):
+        MeanBlend(Preference({"east": w, "north": 1 - w}))(experts, x[:3], 0.4, step(3))
+
+
+def test_weights_follow_progress():
+    """At step k of n the preference of progress k/(n - 1) acts: noise first, data last."""
+    experts, x = ring(), cloud(5)
+    moving = MeanBlend(Preference({"east": lambda s: s, "north": lambda s: 1 - s}, kl_scale=lambda s: 1.5 - s))
+    for index, (east, scale) in enumerate([(0.0, 1.5), (0.25, 1.25), (0.5, 1.0), (0.75, 0.75), (1.0, 0.5)]):
+        fixed = MeanBlend(Preference({"east": east, "north": 1 - east}, scale))
+        now = step(5, index, count=5)
+        torch.testing.assert_close(moving(experts, x, 0.4, now), fixed(experts, x, 0.4, now), rtol=1e-13, atol=1e-13)
+    assert Step(0, 1, 0.4, 0.0, phases(1)).progress == 0.0
+
+
 @pytest.mark.parametrize("kind", ["eps", "x0", "v"])
 @pytest.mark.parametrize("blender", [MeanBlend, SampledBlend])
 def test_blends_agree_in_every_parametrization(kind, blender):
