@@ -1,14 +1,14 @@
 """The blenders: which experts are evaluated, and how their predictions become one."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from dbtheory.assignment import independent_choice, rotation_choice
+from dbtheory.assignment import Probabilities, changing_rotation_choice, independent_choice, rotation_choice
 from dbtheory.experts import Experts, Points
 from dbtheory.preference import Amount, Preference
 
@@ -72,44 +72,67 @@ class MeanBlend:
 class SampledBlend:
     """DB-MPA-LS: one evaluation a step, of an expert drawn for each sample with probability `c_i`.
 
-    The draws are per sample: one shared by a batch would correlate it. `order="low-discrepancy"` also keeps
-    every prefix of a trajectory's steps in proportion (MATH.md 6); "iid" draws the steps independently.
+    `order="low-discrepancy"` keeps every prefix of a trajectory's steps in proportion (MATH.md 6); "iid" draws the
+    steps independently. `share="batch"` draws once for all samples, by the phase of the first: one adapter is
+    active at a time, as practitioners run it. Each sample keeps its law, but depends on the batch it is made in, and
+    with "iid" the batch is correlated (ring of six, 25 steps: the mean of 64 samples varies as that of 4 would); with
+    "low-discrepancy" hardly, since all samples stay near DB-MPA's own paths (proofs_check/low_discrepancy.py).
 
     Raises:
-        ValueError: a negative coefficient (`kl_scale > 1`), which is no probability; an unknown order; at the
-            call, experts that are not those of the preference.
+        ValueError: a negative coefficient (`kl_scale > 1`), which is no probability (of a preference that changes
+            with progress: at the call); an unknown order or share; at the call, experts that are not those of the
+            preference, or phases or preferences that are not one a sample.
     """
 
     preference: Preference
     order: str = "low-discrepancy"
+    share: str = "sample"
 
     def __post_init__(self) -> None:
-        negative = {name: c for name, c in self.preference.coefficients().items() if c < 0}
-        if negative:
-            listing = ", ".join(f"{name}={c:.6g}" for name, c in negative.items())
-            raise ValueError(
-                f"sampling needs coefficients that are probabilities, received {listing} "
-                f"(kl_scale {self.preference.kl_scale:.6g}); use MeanBlend, or kl_scale <= 1 and weights >= 0"
-            )
         if self.order not in ("low-discrepancy", "iid"):
             raise ValueError(f'order must be "low-discrepancy" or "iid", received {self.order!r}')
+        if self.share not in ("sample", "batch"):
+            raise ValueError(f'share must be "sample" or "batch", received {self.share!r}')
+        if self.preference.is_constant:
+            _law(self.preference.coefficients())
 
     def __call__(self, experts: Experts, x: Points, t: Tensor | float, step: Step) -> Points:
         self.preference.validate(experts.names)
-        coefficients = self.preference.coefficients()
-        active = [name for name in experts.names if coefficients[name] != 0]
-        if len(active) == 1:
-            return experts.predict(x, t, active)[0]
+        names, probabilities = self._probabilities(experts, step)
+        if len(names) == 1:
+            return experts.predict(x, t, names)[0]
         if step.phase.shape != x.shape[:1]:
             raise ValueError(f"one phase a sample: {x.shape[0]} samples, phase of shape {tuple(step.phase.shape)}")
-        choice = self.choose([coefficients[name] for name in active], step)
-        index = torch.tensor([experts.names.index(name) for name in active], device=choice.device)
+        if (rows := probabilities.shape[-2]) not in (1, len(x)):
+            raise ValueError(f"one preference a sample: {len(x)} samples, received {rows} preferences")
+        choice = self.choose(probabilities, step)
+        index = torch.tensor([experts.names.index(name) for name in names], device=choice.device)
         return experts.predict_each(x, t, index[choice].to(x.device))
 
-    def choose(self, probabilities: Sequence[float], step: Step) -> Int64[Tensor, " n"]:
-        """One index into `probabilities` for each sample, at this step."""
+    def choose(self, probabilities: Probabilities | Float[Tensor, "steps rows m"], step: Step) -> Int64[Tensor, " n"]:
+        """One index into `probabilities` for each sample, at this step.
+
+        They are the same at every step, as numbers, (m,) or (n, m), or those of all steps so far: (index + 1, rows, m).
+        """
+        phase = step.phase[:1].expand_as(step.phase) if self.share == "batch" else step.phase
+        if isinstance(probabilities, Tensor) and probabilities.ndim == 3:
+            if self.order == "iid":
+                return independent_choice(probabilities[-1], step.index, phase)
+            return changing_rotation_choice(probabilities, phase)
         draw = rotation_choice if self.order == "low-discrepancy" else independent_choice
-        return draw(probabilities, step.index, step.phase)
+        return draw(probabilities, step.index, phase)
+
+    def _probabilities(self, experts: Experts, step: Step) -> tuple[list[str], Tensor]:
+        """The experts drawn from, and what `choose` takes: (rows, m), or (steps, rows, m) where they change."""
+        if self.preference.is_constant:
+            coefficients = self.preference.coefficients()
+            names = active_names(experts, coefficients)
+            return names, _law({name: coefficients[name] for name in names})
+        # Every expert keeps its place in the order, also while it has no weight; draws are replayed, not remembered.
+        first = step.index if self.order == "iid" else 0
+        laws = [self.preference.coefficients(replace(step, index=k).progress) for k in range(first, step.index + 1)]
+        tensors = [_law({name: law[name] for name in experts.names}) for law in laws]
+        return list(experts.names), torch.stack(torch.broadcast_tensors(*tensors))
 
 
 def weighted_sum(experts: Experts, x: Points, t: Tensor | float, coefficients: Mapping[str, Amount]) -> Points:
@@ -134,6 +157,19 @@ def combine(predictions: Float[Tensor, "m n *event"], coefficients: Sequence[Amo
         # one pass over memory, not two
         blended = blended.addcmul(c, prediction) if isinstance(c, Tensor) else blended.add(prediction, alpha=c)
     return blended
+
+
+def _law(coefficients: Mapping[str, Amount]) -> Float[Tensor, "rows m"]:
+    """Coefficients as probabilities, one row a sample or one for all; ValueError where one is negative."""
+    columns = [torch.as_tensor(c, dtype=torch.float64).reshape(-1) for c in coefficients.values()]
+    lowest = {name: float(c.min()) for name, c in zip(coefficients, columns, strict=True)}
+    negative = ", ".join(f"{name}={c:.6g}" for name, c in lowest.items() if c < 0)
+    if negative:
+        raise ValueError(
+            f"sampling needs coefficients that are probabilities, received {negative}; "
+            "use MeanBlend, or kl_scale <= 1 and weights >= 0"
+        )
+    return torch.stack(torch.broadcast_tensors(*columns), -1)
 
 
 def _is_used(coefficient: Amount) -> bool:

@@ -8,16 +8,24 @@ grows without bound.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from dbtheory.mixture import GaussianMixture, apply_each
-from dbtheory.quadrature import gauss_hermite
-from dbtheory.reward import QuadraticReward, Reward
+from dbtheory.quadrature import gauss_hermite, lattice
+from dbtheory.reward import QuadraticReward, Reward, SmoothReward
 from dbtheory.schedule import NoiseSchedule, Time, as_time
 from dbtheory.tilt import Scale, log_normalizer, require_alpha, require_quadratic, whitened_tilt
+
+Rule = Literal["quadrature", "grid"]
+_RULES = {"quadrature": gauss_hermite, "grid": lattice}
+_CHUNK_ENTRIES = 2**22  # (point, component, node, coordinate): 32 MB in float64
 
 
 def noise_ratio(schedule: NoiseSchedule, t: Time) -> Tensor:
@@ -36,7 +44,8 @@ class Conditional:
     reward: Reward
     centres: Tensor  # (n, K, d)
     spread: Tensor  # (..., K, d, d)
-    order: int  # of the Gauss-Hermite rules
+    rule: Rule
+    order: int  # of the rule
 
     @classmethod
     def at(
@@ -47,9 +56,10 @@ class Conditional:
         schedule: NoiseSchedule,
         x: Tensor,
         t: Time,
+        rule: Rule,
         order: int,
     ) -> Conditional:
-        """The conditional law at the points `x` (n, d). Raises as `tilt`, whose target must exist."""
+        """The conditional law at the points `x` (n, d). Raises as `tilt`, where the target does not exist."""
         if isinstance(reward, QuadraticReward):
             whitened_tilt(prior, reward, alpha)
         ratio = noise_ratio(schedule, as_time(t)).to(prior.means)
@@ -58,7 +68,27 @@ class Conditional:
         mean_score = (posterior.weights.unsqueeze(-1) * scores).sum(-2, keepdim=True)
         spread = (ratio.reshape(-1, 1, 1, 1) if ratio.ndim else ratio) * posterior.root
         scaled = reward.to(prior.means) * (1 / require_alpha(alpha))
-        return cls(posterior, scaled, scores - mean_score, spread, order)
+        return cls(posterior, scaled, scores - mean_score, spread, rule, order)
+
+    @classmethod
+    def in_chunks(
+        cls,
+        prior: GaussianMixture,
+        reward: Reward,
+        alpha: Scale,
+        schedule: NoiseSchedule,
+        x: Tensor,
+        t: Time,
+        rule: Rule,
+        order: int,
+    ) -> Iterator[Conditional]:
+        """The same for a few points after another, so that the nodes of all points never stand in memory."""
+        x, times = prior.noised(schedule, t).require_points(x), as_time(t)
+        nodes = order ** dimensions(reward, prior.dim)
+        rows = max(1, _CHUNK_ENTRIES // max(1, nodes * prior.means.numel()))
+        for i in range(0, max(1, len(x)), rows):
+            mine = times[i : i + rows] if times.ndim else times
+            yield cls.at(prior, reward, alpha, schedule, x[i : i + rows], mine, rule, order)
 
     # Moments of quadratic rewards, in closed form.
 
@@ -77,15 +107,15 @@ class Conditional:
         excess = values - (weights * values).sum(-1, keepdim=True)
         return within + ((weights * excess).unsqueeze(-1) * self.centres).sum(-2)
 
-    # The same by Gauss-Hermite.
+    # The same by a quadrature rule.
 
     def tilted_mean_by_quadrature(self) -> Float[Tensor, "n d"]:
-        zeta, log_weights, reward = self._tilted_rule()
+        zeta, log_weights, reward = self._tilted_nodes
         shares = (log_weights + reward).flatten(1).softmax(-1).view_as(reward)
         return self._sum_nodes(shares, zeta)
 
     def reward_covariance_by_quadrature(self) -> Float[Tensor, "n d"]:
-        zeta, log_weights, reward = self._rule()
+        zeta, log_weights, reward = self._nodes
         weights = log_weights.exp()
         excess = reward - (weights * reward).sum((-2, -1), keepdim=True)
         return self._sum_nodes(weights * excess, zeta)
@@ -96,41 +126,57 @@ class Conditional:
         """`log E[e^R | x]`, closed where the reward is quadratic."""
         if isinstance(self.reward, QuadraticReward):
             return log_normalizer(self.posterior, self.reward, 1)
-        _, log_weights, reward = self._rule()
+        _, log_weights, reward = self._nodes
         return (log_weights + reward).flatten(1).logsumexp(-1)
 
     def expectation(self) -> Float[Tensor, " n"]:
         """`E[R | x]`, closed where the reward is quadratic."""
         if isinstance(self.reward, QuadraticReward):
             return (self.posterior.weights * self._component_rewards(self.reward)).sum(-1)
-        _, log_weights, reward = self._rule()
+        _, log_weights, reward = self._nodes
         return (log_weights.exp() * reward).sum((-2, -1))
 
     def log_jensen_ratio(self) -> Float[Tensor, " n"]:
         """`log E[e^R | x] - E[R | x] >= 0`, whose gradient is the gap."""
         return self.log_expectation() - self.expectation()
 
+    def reward_rule(self) -> tuple[Float[Tensor, "n nodes"], Float[Tensor, "n nodes"]]:
+        """Log weights and R at the nodes of the rule, for any other expectation of a function of R."""
+        _, log_weights, reward = self._nodes
+        return log_weights.flatten(1), reward.flatten(1)
+
     def _component_rewards(self, reward: QuadraticReward) -> Tensor:
         """`E_k[R]`, (n, K)."""
         root = self.posterior.root
         return reward(self.posterior.means) - 0.5 * (root * (reward.Q @ root)).sum((-2, -1))
 
-    def _rule(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Gauss-Hermite on each posterior component: zeta (n, K, m, d), log weights (n, K, m) and R there."""
-        points, log_weights = gauss_hermite(self.order, self.posterior.dim, self.posterior.means)
-        zeta = points.expand(*self.posterior.means.shape[:-1], *points.shape)
+    @cached_property
+    def _nodes(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The rule on each posterior component: zeta (n, K, m, d), log weights (n, K, m) and R there.
+
+        Where R depends on k < d directions, the rule is for the coordinates eta of zeta along them, and zeta stands
+        for its mean given eta, `basis eta`: R and the first moment of zeta need no more.
+        """
+        dim = self.posterior.dim
+        k = dimensions(self.reward, dim)
+        points, log_weights = _RULES[self.rule](self.order, k, self.posterior.means)
+        if k < dim:
+            span = _span(self.reward).to(points)
+            basis, _ = torch.linalg.qr((span @ self.posterior.root).mT)
+            points = points @ basis.mT
+        zeta = points.expand(*self.posterior.means.shape[:-1], *points.shape[-2:])
         return zeta, self.posterior.log_weights.unsqueeze(-1) + log_weights, self._reward_at(zeta)
 
-    def _tilted_rule(self) -> tuple[Tensor, Tensor, Tensor]:
-        """As `_rule`, with nodes where `e^R` puts its mass: adaptive Gauss-Hermite, exact for `e^R` times
-        polynomials.
+    @cached_property
+    def _tilted_nodes(self) -> tuple[Tensor, Tensor, Tensor]:
+        """As `_nodes`, but where `e^R` puts its mass: adaptive Gauss-Hermite, exact for `e^R` times polynomials.
 
         The weights carry the density ratio N(zeta; 0, I)/N(zeta; shift, factor factor'). Without it the plain
         rule needs many nodes at small alpha. Rewards that are not quadratic keep the plain rule.
         """
         if not isinstance(self.reward, QuadraticReward):
-            return self._rule()
-        points, log_weights = gauss_hermite(self.order, self.posterior.dim, self.posterior.means)
+            return self._nodes
+        points, log_weights = _RULES[self.rule](self.order, self.posterior.dim, self.posterior.means)
         tilted = whitened_tilt(self.posterior, self.reward, 1)
         zeta = tilted.shift.unsqueeze(-2) + points @ tilted.factor.mT
         log_volume = tilted.factor.diagonal(dim1=-2, dim2=-1).log().sum(-1).unsqueeze(-1)
@@ -150,3 +196,21 @@ class Conditional:
 
     def _sum_components(self, shares: Tensor, offsets: Tensor) -> Tensor:
         return (shares.unsqueeze(-1) * (self.centres + offsets)).sum(-2)
+
+
+def _span(reward: Reward) -> Tensor:
+    """An orthonormal basis (k, d) of the directions on which a smooth reward depends; (0, d) if it names none."""
+    directions = reward.directions if isinstance(reward, SmoothReward) else None
+    if directions is None:
+        return torch.empty(0, 0)
+    _, sizes, rows = torch.linalg.svd(directions, full_matrices=False)
+    rounding = 16 * torch.finfo(sizes.dtype).eps * sizes.max()
+    return rows[: max(1, int((sizes > rounding).sum()))]
+
+
+def dimensions(reward: Reward, dim: int) -> int:
+    """In how many of `dim` dimensions expectations of the reward must be summed; ValueError if it has others."""
+    span = _span(reward)
+    if len(span) and span.shape[1] != dim:
+        raise ValueError(f"the reward has {span.shape[1]} coordinates and the prior {dim}")
+    return len(span) or dim

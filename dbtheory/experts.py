@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from dbtheory.mixture import GaussianMixture
+from dbtheory.law import Law
 from dbtheory.parametrization import Parametrization, convert
 from dbtheory.preference import BASE
 from dbtheory.reward import Reward
@@ -49,16 +49,19 @@ class Experts(Protocol):
 
 
 class ExactExperts:
-    """The closed-form experts: the mixture `prior`, and `prior exp(r / alpha) / Z` for each of `rewards`.
+    """The exact experts: the law `prior`, and `prior exp(r / alpha) / Z` for each of `rewards` (`dbtheory.tilt`).
+
+    `targets` holds these laws by name, "base" first. Mixtures tilted by quadratic rewards are closed forms; other
+    rewards, and priors on a grid, are exact up to each target's `discretisation_error`.
 
     Raises:
-        ValueError: no rewards, a reward named "base", alpha <= 0, a tilt that is no distribution, or an
-            unknown parametrisation; at a call, an unknown name or an assignment out of range.
+        ValueError: no rewards, a reward named "base", alpha <= 0, a tilt that is no distribution or has no grid, or
+            an unknown parametrisation; at a call, an unknown name or an assignment out of range.
     """
 
     def __init__(
         self,
-        prior: GaussianMixture,
+        prior: Law,
         rewards: Mapping[str, Reward],
         alpha: float,
         schedule: NoiseSchedule,
@@ -71,13 +74,13 @@ class ExactExperts:
                 f"parametrization must be one of {get_args(Parametrization)}, received {parametrization!r}"
             )
         tilted = {name: tilt(prior, reward, alpha) for name, reward in rewards.items()}
-        self.targets: dict[str, GaussianMixture] = {BASE: prior, **tilted}
+        self.targets: dict[str, Law] = {BASE: prior, **tilted}
         self.names: tuple[str, ...] = tuple(self.targets)
         self.schedule: NoiseSchedule = schedule
         self.parametrization: Parametrization = cast(Parametrization, parametrization)
         self.event_shape: tuple[int, ...] = tuple(prior.mean.shape)
-        self.dtype: torch.dtype = prior.means.dtype
-        self.device: torch.device = prior.means.device
+        self.dtype: torch.dtype = prior.mean.dtype
+        self.device: torch.device = prior.mean.device
 
     def predict(self, x: Float[Tensor, "n d"], t: Tensor | float, names: Sequence[str]) -> Float[Tensor, "m n d"]:
         """Every named expert at every point; t in (0, 1], one for all or one a point `(n,)`."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import cached_property
+from itertools import chain
 
 import torch
 from jaxtyping import Float
@@ -14,6 +16,9 @@ from dbtheory.schedule import NoiseSchedule, Time, as_time
 # Points are handled in pieces of about this many (point, component, coordinate) entries: a piece stays in
 # cache, and 1e6 points x 64 components need megabytes, not gigabytes.
 _CHUNK_ENTRIES = 2**18
+# glibc's malloc gives freed blocks back to the system, and having them zeroed for the next piece takes longer than the
+# arithmetic. Once it has seen a larger block freed, it keeps them: this is that block, and it is never touched.
+torch.empty(2**24, dtype=torch.uint8, device="cpu")
 
 
 class GaussianMixture:
@@ -154,7 +159,11 @@ class GaussianMixture:
     def whiten(self, x: Tensor, power: float | int = -0.5) -> Float[Tensor, "n K d"]:
         """`x - means` in each component's eigenbasis, times `eigenvalues ** power` (-1/2: unit variance)."""
         # Subtract first: in the other order digits cancel where a narrow component lies far from the origin.
-        return apply_each(self.eigenvectors.mT, x.unsqueeze(-2) - self.means) * self.eigenvalues**power
+        if self.is_batched:
+            return apply_each(self.eigenvectors.mT, x.unsqueeze(-2) - self.means) * self.eigenvalues**power
+        # In memory the points run fastest, here and in all that is made from this elementwise: rows are long.
+        offsets = x.mT.contiguous() - self.means.unsqueeze(-1)
+        return (self._scaled_eigenvectors(power).mT @ offsets).permute(2, 0, 1)
 
     def require_points(self, x: Tensor) -> Tensor:
         """`x` in the mixture's dtype; ValueError unless (n, d) with the mixture's d (and n), without NaN."""
@@ -167,15 +176,35 @@ class GaussianMixture:
 
     def _score(self, x: Tensor) -> Tensor:
         whitened = self.whiten(x)
-        shares = self._joint_log_prob(whitened).softmax(-1)
-        pull = whitened * (shares.unsqueeze(-1) * self.eigenvalues**-0.5)
-        if self.eigenvectors.ndim == 3:
-            return -torch.einsum("kij,nkj->ni", self.eigenvectors, pull)
-        return -apply_each(self.eigenvectors, pull).sum(-2)
+        # In bits, because torch's exp takes three times as long as its exp2; normalised at the very end.
+        bits = self._joint_log_prob(whitened, unit=math.log(2))
+        shares = (bits - bits.amax(-1, keepdim=True)).exp2()
+        pull = whitened * shares.unsqueeze(-1)
+        return -self._sum_back(pull) / shares.sum(-1, keepdim=True)
 
-    def _joint_log_prob(self, whitened: Tensor) -> Tensor:
+    def _sum_back(self, whitened: Tensor) -> Tensor:
+        """`sum_k eigenvectors eigenvalues^(-1/2) whitened`, (n, K, d) -> (n, d)."""
+        if self.is_batched:
+            return apply_each(self.eigenvectors, whitened * self.eigenvalues**-0.5).sum(-2)
+        matrix = self._scaled_eigenvectors(-0.5).transpose(0, 1).flatten(1)  # (d, K d)
+        return (matrix @ whitened.permute(1, 2, 0).flatten(0, 1)).mT
+
+    def _scaled_eigenvectors(self, power: float | int) -> Tensor:
+        return self.eigenvectors * self.eigenvalues.unsqueeze(-2) ** power
+
+    @cached_property
+    def _log_peaks(self) -> Tensor:
+        """Log of weight times density of each component at its own mean, (..., K)."""
         log_scale = 0.5 * self.eigenvalues.log().sum(-1) + 0.5 * self.dim * math.log(2 * math.pi)
-        return self.log_weights - 0.5 * whitened.square().sum(-1) - log_scale
+        return self.log_weights - log_scale
+
+    def _joint_log_prob(self, whitened: Tensor, unit: float = 1.0) -> Tensor:
+        """(n, K), counted in `unit`s: 1 for nats, ln 2 for bits."""
+        log_joint = self._log_peaks / unit
+        # One coordinate at a time: torch's sum over them would not keep the order in memory.
+        for coordinate in whitened.unbind(-1):
+            log_joint = torch.addcmul(log_joint, coordinate, coordinate, value=-0.5 / unit)
+        return log_joint
 
     def _scales(self, schedule: NoiseSchedule, t: Time) -> tuple[Tensor, Tensor]:
         """alpha and sigma^2 as () or (n, 1, 1), to stand beside (K, d)."""
@@ -198,7 +227,7 @@ class GaussianMixture:
         if len(x) <= rows:
             return function(self, x)
         starts = range(0, len(x), rows)
-        return torch.cat([function(self._rows(i, i + rows), x[i : i + rows]) for i in starts])
+        return _gather((function(self._rows(i, i + rows), x[i : i + rows]) for i in starts), len(x))
 
     def _rows(self, start: int, stop: int) -> GaussianMixture:
         """The mixtures of some rows, or the one mixture that serves every row."""
@@ -215,6 +244,18 @@ def apply_each(matrices: Tensor, vectors: Tensor) -> Tensor:
     if matrices.ndim == 3 and vectors.ndim == 3:
         return torch.einsum("kij,nkj->nki", matrices, vectors)
     return (matrices @ vectors.unsqueeze(-1)).squeeze(-1)
+
+
+def _gather(pieces: Iterator[Tensor], count: int) -> Tensor:
+    """The pieces as one tensor of `count` rows, copied as they come: waiting, they would fragment the memory."""
+    first = next(pieces)
+    if first.requires_grad:
+        return torch.cat([first, *pieces])
+    result, done = first.new_empty(count, *first.shape[1:]), 0
+    for piece in chain([first], pieces):
+        result[done : done + len(piece)] = piece
+        done += len(piece)
+    return result
 
 
 def _decompose(covariances: Tensor) -> tuple[Tensor, Tensor]:

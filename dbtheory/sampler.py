@@ -1,7 +1,4 @@
-"""Reverse-time generation, from noise (t = 1) down to data (t = 0).
-
-A step is a pure function, and its noise is an argument: coupled paths and exact equality can be tested.
-"""
+"""Reverse-time generation, from noise (t = 1) down to data (t = 0)."""
 
 from collections.abc import Callable
 
@@ -10,67 +7,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 from dbtheory.blend import Blender, Step
+from dbtheory.correct import FeynmanKac, Particles, Trace
 from dbtheory.experts import Experts, Points
 from dbtheory.parametrization import convert
 from dbtheory.precision import PrecisionBlend
 from dbtheory.schedule import NoiseSchedule
+from dbtheory.steps import ddim_step, ddpm_step, euler_maruyama_step, step_variance
 
 METHODS = ("ddpm", "ddim", "euler")
-Time = Tensor | float
-
-
-def euler_maruyama_step(
-    x: Points,
-    score: Points,
-    t: Time,
-    t_next: Time,
-    noise: Points,
-    schedule: NoiseSchedule,
-) -> Points:
-    """`x - (f x - g^2 score) h + g sqrt(h) z` with `h = t - t_next > 0` (MATH.md 1; paper eq. 9)."""
-    h = t - t_next
-    f, g2 = schedule.drift_rate(t), schedule.diffusion_squared(t)
-    drift = f * x - g2 * score
-    return x - drift * h + (g2 * h) ** 0.5 * noise
-
-
-def ddpm_step(
-    x: Points,
-    x0: Points,
-    t: Time,
-    t_next: Time,
-    noise: Points,
-    schedule: NoiseSchedule,
-) -> Points:
-    """A draw from `q(x_s | x_t, x_0)`, s = t_next, at the predicted `x0` (Ho et al. 2020, eq. 6-7)."""
-    alpha_s, sigma_s = schedule.alpha(t_next), schedule.sigma(t_next)
-    alpha_ts = schedule.alpha(t) / alpha_s
-    shrink = alpha_ts * (sigma_s / schedule.sigma(t)) ** 2
-    mean = shrink * x + (alpha_s - shrink * schedule.alpha(t)) * x0
-    return mean + posterior_variance(schedule, t, t_next) ** 0.5 * noise
-
-
-def ddim_step(
-    x: Points,
-    x0: Points,
-    t: Time,
-    t_next: Time,
-    noise: Points,
-    schedule: NoiseSchedule,
-    eta: float = 0.0,
-) -> Points:
-    """DDIM (Song et al. 2021, eq. 12): `eta=0` is deterministic, `eta=1` is `ddpm_step`."""
-    eps = convert(x0, x, t, schedule, source="x0", target="eps")
-    variance = eta**2 * posterior_variance(schedule, t, t_next)
-    direction = (schedule.sigma(t_next) ** 2 - variance) ** 0.5
-    return schedule.alpha(t_next) * x0 + direction * eps + variance**0.5 * noise
-
-
-def posterior_variance(schedule: NoiseSchedule, t: Time, t_next: Time) -> Tensor:
-    """Variance of `q(x_s | x_t, x_0)`, s = t_next < t: `s_s^2 (1 - (a_t s_s / (a_s s_t))^2)`."""
-    sigma_s = schedule.sigma(t_next)
-    ratio = schedule.alpha(t) / schedule.alpha(t_next) * sigma_s / schedule.sigma(t)
-    return sigma_s**2 * (1 - ratio**2)
 
 
 def time_grid(schedule: NoiseSchedule, steps: int, power: float = 1.0) -> Float[Tensor, " times"]:
@@ -99,6 +43,8 @@ def sample(
     phase: Float[Tensor, " n"] | None = None,
     grid: Float[Tensor, " times"] | None = None,
     progress: Callable[[int, int], None] | None = None,
+    correct: FeynmanKac | None = None,
+    trace: Trace | None = None,
 ) -> Points:
     """`n` samples of the blend, `(n, *event_shape)`, in `steps` steps from noise to data.
 
@@ -106,14 +52,21 @@ def sample(
     uniform a sample; `noise`, standard normal, one slice a step. `grid` are decreasing times (default
     `time_grid`); `eta` is used by `method="ddim"` only. `progress(done, steps)` is called after each step.
 
+    `correct` weighs and resamples the samples, so that they follow the preference's target and not the blend's own
+    law (`dbtheory.correct`): they stay equally weighted, but are no longer independent. `trace` is filled with
+    what the weights were; without `correct` they are recorded, and the samples are those of the plain blend.
+
     Raises:
         ValueError: an unknown method, n or steps below 1, arguments of another shape, a grid that does not
-            decrease within [0, 1], or a missing generator where something has to be drawn.
+            decrease within [0, 1], or a missing generator where something has to be drawn; with `correct` or
+            `trace`, what `dbtheory.correct.Particles` refuses.
     """
     if method not in METHODS:
         raise ValueError(f"method must be one of {METHODS}, received {method!r}")
     if not 0 <= eta <= 1:
         raise ValueError(f"eta must lie in [0, 1] (0 is deterministic, 1 is ancestral), received {eta}")
+    if isinstance(blender, PrecisionBlend) and callable(blender.variances) and method != "ddpm":
+        raise ValueError(f'covariances of x_s given x_t belong to method="ddpm", received {method!r}')
     if n < 1:
         raise ValueError(f"n must be at least 1, received {n}")
     schedule, shape = experts.schedule, (n, *experts.event_shape)
@@ -122,28 +75,32 @@ def sample(
     x = draw(shape) * schedule.sigma(times[0]).to(experts.dtype) if x_T is None else _shaped("x_T", x_T, shape)
     phase = draw((n,), uniform=True) if phase is None else _shaped("phase", phase, (n,))
     noise = None if noise is None else _shaped("noise", noise, (steps, *shape))
-    scale = blender.noise_variance**0.5 if isinstance(blender, PrecisionBlend) else 1.0
+    weighted = correct is not None or trace is not None
+    particles = Particles(experts, blender, n, method, eta, correct, trace) if weighted else None
     for k in range(steps):
-        t, t_next = times[k], times[k + 1]
-        prediction = blender(experts, x, t, Step(k, steps, t, t_next, phase))
+        step = Step(k, steps, times[k], times[k + 1], phase)
+        if particles is None:
+            prediction = blender(experts, x, step.t, step)
+        else:
+            prediction = particles.blend(x, step)
+            kept = particles.survivors(step, lambda: draw((1,), uniform=True))
+            x, phase, prediction = (part if kept is None else part[kept] for part in (x, phase, prediction))
         z = draw(shape) if noise is None else noise[k]
-        x = _advance(method, x, prediction, t, t_next, scale * z, experts, eta)
+        if isinstance(blender, PrecisionBlend):
+            own = step_variance(method, schedule, step.t, step.t_next, eta)
+            mean = _advance(method, x, prediction, step, torch.zeros_like(x), experts, eta)
+            x = mean + blender.noise(z, own, x, step)
+        else:
+            x = _advance(method, x, prediction, step, z, experts, eta)
         if progress is not None:
             progress(k + 1, steps)
     return x
 
 
 def _advance(
-    method: str,
-    x: Tensor,
-    prediction: Tensor,
-    t: Tensor,
-    t_next: Tensor,
-    noise: Tensor,
-    experts: Experts,
-    eta: float,
+    method: str, x: Tensor, prediction: Tensor, step: Step, noise: Tensor, experts: Experts, eta: float
 ) -> Tensor:
-    schedule, source = experts.schedule, experts.parametrization
+    schedule, source, t, t_next = experts.schedule, experts.parametrization, step.t, step.t_next
     if method == "euler":
         score = convert(prediction, x, t, schedule, source=source, target="score")
         return euler_maruyama_step(x, score, t, t_next, noise, schedule)

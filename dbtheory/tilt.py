@@ -1,16 +1,20 @@
-"""Exponential tilts of Gaussian mixtures by quadratic rewards, in closed form (paper eq. 6; MATH.md 2)."""
+"""The target `p(x) exp(r(x)/alpha)/Z` (paper eq. 6; MATH.md 2): a Gaussian mixture where the reward is quadratic, a
+grid in one and two dimensions for any other."""
 
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import NamedTuple, overload
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from dbtheory.grid import GridLaw
+from dbtheory.law import Law
 from dbtheory.mixture import GaussianMixture, apply_each
 from dbtheory.reward import QuadraticReward, Reward
+from dbtheory.window import fitted_grid
 
 Scale = Tensor | float | int
 
@@ -27,13 +31,26 @@ class WhitenedTilt(NamedTuple):
     log_normalizer: Tensor  # (..., K): log E_k[exp(r/alpha)]
 
 
-def tilt(prior: GaussianMixture, reward: Reward, alpha: Scale) -> GaussianMixture:
-    """The target `p(x) exp(reward(x)/alpha) / Z`, again a Gaussian mixture (paper eq. 6).
+@overload
+def tilt(prior: GaussianMixture, reward: QuadraticReward, alpha: Scale) -> GaussianMixture: ...
+@overload
+def tilt(prior: Law, reward: Reward, alpha: Scale) -> Law: ...
+def tilt(prior: Law, reward: Reward, alpha: Scale) -> Law:
+    """The target `p(x) exp(reward(x)/alpha) / Z` (paper eq. 6).
 
-    With one mixture for each row (a posterior), tilts each. Raises ValueError where alpha is not positive and
-    finite, where the reward is not quadratic or has another dimension, and where some component's precision
-    plus Q/alpha is not positive definite (no such target exists).
+    A Gaussian mixture and a quadratic reward give a Gaussian mixture, exactly; with one mixture for each row (a
+    posterior), each is tilted. Anything else in one or two dimensions gives a `GridLaw`, on the prior's own grid
+    if it has one; see its `discretisation_error`. Raises ValueError where alpha is not positive and finite, where
+    the reward has another dimension, where no such target exists (a component's precision plus Q/alpha is not
+    positive definite; the mass leaves every window), and where a grid is needed in more than two dimensions or
+    cannot resolve the target.
     """
+    if isinstance(prior, GaussianMixture) and isinstance(reward, QuadraticReward):
+        return _tilted_mixture(prior, reward, alpha)
+    return _tilted_grid(prior, reward, alpha)
+
+
+def _tilted_mixture(prior: GaussianMixture, reward: QuadraticReward, alpha: Scale) -> GaussianMixture:
     parts = whitened_tilt(prior, reward, alpha)
     means = prior.means + apply_each(parts.root, parts.shift)
     # The singular values of root factor give the covariance's eigenvalues without squaring its condition.
@@ -42,9 +59,26 @@ def tilt(prior: GaussianMixture, reward: Reward, alpha: Scale) -> GaussianMixtur
     return GaussianMixture.from_eigen(log_weights, means, singular_values.square(), eigenvectors)
 
 
-def log_normalizer(prior: GaussianMixture, reward: Reward, alpha: Scale) -> Float[Tensor, "*n"]:
+def _tilted_grid(prior: Law, reward: Reward, alpha: Scale) -> GridLaw:
+    inverse = 1 / require_alpha(alpha)
+    if isinstance(prior, GridLaw):
+        return prior.reweighted(reward.to(prior.nodes)(prior.nodes) * inverse)
+    if not isinstance(prior, GaussianMixture) or prior.is_batched or prior.dim > 2:
+        raise ValueError(
+            f"a {type(reward).__name__} tilts single laws in one or two dimensions, on a grid, got a "
+            f"{type(prior).__name__} with a mean of shape {tuple(prior.mean.shape)}; use a QuadraticReward, or "
+            "`estimate`, which needs no target"
+        )
+    double = prior.to(torch.float64)
+    law = fitted_grid(double, lambda nodes: double.log_prob(nodes) + reward.to(nodes)(nodes) * inverse)
+    return law.to(prior.means)
+
+
+def log_normalizer(prior: Law, reward: Reward, alpha: Scale) -> Float[Tensor, "*n"]:
     """`log E_prior[exp(reward/alpha)]`: a scalar, or (n,) with one mixture for each row. Raises as `tilt`."""
-    return (prior.log_weights + whitened_tilt(prior, reward, alpha).log_normalizer).logsumexp(-1)
+    if isinstance(prior, GaussianMixture) and isinstance(reward, QuadraticReward):
+        return (prior.log_weights + whitened_tilt(prior, reward, alpha).log_normalizer).logsumexp(-1)
+    return _tilted_grid(prior, reward, alpha).log_mass
 
 
 def whitened_tilt(prior: GaussianMixture, reward: Reward, alpha: Scale) -> WhitenedTilt:

@@ -2,11 +2,14 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import reduce
+from operator import add
 
 import torch
 from torch import Tensor
 
-from dbtheory import VE, GaussianMixture, QuadraticReward, RectifiedFlow, VPLinear
+from dbtheory import VE, GaussianMixture, QuadraticReward, RectifiedFlow, VPLinear, jensen_gap
+from dbtheory.reward import RBFReward, Reward, TanhReward
 from dbtheory.schedule import NoiseSchedule
 
 SCHEDULES: tuple[NoiseSchedule, ...] = (VPLinear(), VE(), RectifiedFlow())
@@ -27,7 +30,7 @@ class Problem:
     @property
     def combined(self) -> QuadraticReward:
         """`r(w) = sum_i w_i r_i`."""
-        return sum(w * reward for w, reward in zip(self.w, self.rewards, strict=True))
+        return reduce(add, (w * reward for w, reward in zip(self.w, self.rewards, strict=True)))
 
 
 def random_problems(
@@ -48,7 +51,7 @@ def random_problems(
     generator = torch.Generator().manual_seed(seed)
     for index in range(count):
         schedule, dim = SCHEDULES[index % len(SCHEDULES)], dims[(index // len(SCHEDULES)) % len(dims)]
-        alpha = 10 ** float(_uniform(-1, 0.3, (), generator))
+        alpha = 10 ** float(_uniform(-1.0, 0.3, (), generator))
         t = float(_uniform(lowest_t, schedule.t_start, (), generator))
         weights, w = (_uniform(0.2, 1.0, (k,), generator) for k in (components, rewards))
         spread = _uniform(0.16, 1.44, (components, dim), generator)
@@ -71,3 +74,26 @@ def _symmetric(eigenvalues: Tensor, generator: torch.Generator) -> Tensor:
     k, dim = eigenvalues.shape
     axes, _ = torch.linalg.qr(torch.randn(k, dim, dim, generator=generator, dtype=torch.float64))
     return (axes * eigenvalues.unsqueeze(-2)) @ axes.mT
+
+
+def bounded_reward(problem: Problem, generator: torch.Generator) -> Reward:
+    """Two tanh steps or two bumps of size `alpha`, where the prior's components lie: R = reward/alpha is of order 1."""
+    dim, means = problem.prior.dim, problem.prior.means[:2]
+    amplitudes = 2 * problem.alpha * torch.randn(2, generator=generator, dtype=torch.float64)
+    if bool(torch.rand((), generator=generator) < 0.5):
+        return RBFReward(means, _uniform(0.7, 2.0, (2,), generator), amplitudes)
+    slopes = torch.randn(2, dim, generator=generator, dtype=torch.float64)
+    return TanhReward(slopes, -(slopes * means).sum(-1), amplitudes)
+
+
+def reference_gap(problem: Problem, reward: Reward) -> Tensor:
+    """The Jensen gap (n, d): closed where the reward is quadratic, else on a lattice (2,048 nodes on a line)."""
+    route = None if isinstance(reward, QuadraticReward) else "grid"
+    return jensen_gap(problem.prior, reward, problem.alpha, problem.schedule, problem.x, problem.t, route=route)
+
+
+def quantiles(values: Tensor) -> str:
+    """The least value and the 10, 50 and 90 % quantiles, in words."""
+    ranks = torch.tensor([0.1, 0.5, 0.9], dtype=values.dtype)
+    low, median, high = values.quantile(ranks).tolist()
+    return f"least {values.min().item():.3f}, median {median:.3g}, 10-90 % {low:.3g}-{high:.3g}"

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import tyro
-from tyro.conf import UseAppendAction, subcommand
+from tyro.conf import Positional, UseAppendAction, subcommand
 
 # a flag with several words that may also be repeated: one tuple for each time it is given
 Words = UseAppendAction[tuple[tuple[str, ...], ...]]
@@ -31,6 +31,38 @@ class Demo:
     def run(self) -> None:
         results = _demo(self.out, self.seed)
         print(json.dumps(results, indent=1) if self.json else _tables(results))
+
+
+@dataclass(frozen=True)
+class Verify:
+    """Check every claim of the theory, live: what was measured beside its bound. Exit code 1 if one fails."""
+
+    claim: UseAppendAction[tuple[str, ...]] = ()
+    """Only this claim, e.g. proposition-1; may be given several times."""
+    json: Path | None = None
+    """Write the rows to this file."""
+    html: Path | None = None
+    """Write a page to this file."""
+
+    def run(self) -> int:
+        return _verify(self.claim, self.json, self.html)
+
+
+@dataclass(frozen=True)
+class Toy:
+    """Draw a toy problem whose answer is known: samples, errors, and where each method is best."""
+
+    name: Positional[str]
+    """two-modes, ring-of-six, grid-of-nine, ...; a wrong name lists them all."""
+    out: Path = Path("out/toy")
+    """Folder of the figures; they go into a folder of the toy's name there."""
+    seed: int = 0
+    json: bool = False
+    """Print the figures as JSON instead of tables."""
+
+    def run(self) -> None:
+        results = _toy(self.name, self.out, self.seed)
+        print(json.dumps(results, indent=1) if self.json else _toy_table(results))
 
 
 @dataclass(frozen=True)
@@ -106,6 +138,61 @@ def _demo(out: Path, seed: int) -> dict[str, Any]:
     return results | {"json": str(out / "demo.json")}
 
 
+def _verify(claims: Sequence[str], json_file: Path | None, html_file: Path | None) -> int:
+    """Checks the claims under a progress bar, prints the tables, writes the files; the exit code."""
+    for file in (json_file, html_file):
+        if file is not None and file.is_dir():
+            raise ValueError(f"{file} is a folder; name a file")
+    from rich.console import Console
+
+    from scale.progress import progress_bar
+
+    with progress_bar() as bar:
+        from dbtheory.files import write_atomically
+        from proofs_check import report
+
+        chosen = list(dict.fromkeys(claims)) or report.names()
+        task = bar.add_task("claims", total=len(chosen), note="")
+        done = report.run_all(chosen, lambda name: bar.update(task, advance=1, note=name))
+    console = Console()
+    # a file or a pipe has no width: long rows must not wrap at 80
+    report.print_table(done, console if console.is_terminal else Console(width=160))
+    if json_file is not None:
+        text = json.dumps(report.as_json(done), indent=1, allow_nan=False) + "\n"
+        write_atomically(json_file, lambda path: path.write_text(text, encoding="utf-8"))
+    if html_file is not None:
+        write_atomically(html_file, lambda path: path.write_text(report.as_html(done), encoding="utf-8"))
+    return 0 if report.passed(done) else 1
+
+
+def _toy(name: str, out: Path, seed: int) -> dict[str, Any]:
+    """Measures and draws one toy under a progress bar."""
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"the output folder {out} is a file; choose another folder")
+    from scale.progress import progress_bar
+
+    with progress_bar() as bar:
+        from toys import gallery
+
+        task = bar.add_task(name, total=None, note="draws")
+        return gallery.run(
+            name, out, seed=seed, progress=lambda done, total: bar.update(task, completed=done, total=total)
+        )
+
+
+def _toy_table(results: Mapping[str, Any]) -> str:
+    """The distances at one preference, what was left out and why, and where the files lie."""
+    first, second = results["rewards"]
+    clouds = results["clouds"]
+    lines = [
+        f"{results['toy']}: sliced W2 to the target, reward {clouds['w']:g} {first} + {1 - clouds['w']:g} {second}"
+    ]
+    lines += [f"{method:>20}  {error:.3f}" for method, error in clouds["errors"].items()]
+    lines += [f"{method:>20}  refused: {why}" for method, why in clouds["refused"].items()]
+    lines += [f"no {what}: {why}" for what, why in results["skipped"].items()]
+    return "\n".join([*lines, "", *(f"written: {file}" for file in [*results["figures"].values(), results["json"]])])
+
+
 def _tables(results: Mapping[str, Any]) -> str:
     """The demo's two tables, and where its files lie."""
     toy, images = results["toy"], results["images"]
@@ -128,7 +215,12 @@ def _tables(results: Mapping[str, Any]) -> str:
     return "\n".join([*lines, "", *(f"written: {file}" for file in files)])
 
 
-Command = Annotated[Demo, subcommand("demo")] | Annotated[Generate, subcommand("generate")]
+Command = (
+    Annotated[Demo, subcommand("demo")]
+    | Annotated[Verify, subcommand("verify")]
+    | Annotated[Toy, subcommand("toy")]
+    | Annotated[Generate, subcommand("generate")]
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -138,7 +230,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         os.environ.setdefault(f"{package}_VERBOSITY", "error")
     command = _parse(sys.argv[1:] if arguments is None else arguments)
     try:
-        command.run()
+        code = command.run()
     except ModuleNotFoundError as error:
         _fail(f"{error}; this command needs the extra packages: pip install 'diffusion-blend[scale]'")
     except (ValueError, OSError) as error:
@@ -146,9 +238,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except KeyboardInterrupt:
         print("dblend: interrupted", file=sys.stderr)
         sys.exit(130)
+    if code:
+        sys.exit(code)
 
 
-def _parse(arguments: Sequence[str]) -> Demo | Generate:
+def _parse(arguments: Sequence[str]) -> Demo | Verify | Toy | Generate:
     complaint = io.StringIO()
     try:
         with contextlib.redirect_stderr(complaint):

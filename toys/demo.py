@@ -7,12 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dbtheory import ExactExperts, GaussianMixture, MeanBlend, Preference, SampledBlend, sample, tilt
+from dbtheory import ExactExperts, MeanBlend, Preference, SampledBlend, sample, tilt
 from dbtheory.blend import Blender
+from dbtheory.law import Law
 from dbtheory.metrics import sliced_w2
 from dbtheory.sampler import time_grid
 from toys.figures import Panel, cloud_grid, save
-from toys.registry import Toy, get
+from toys.registry import get
+from toys.toy import Toy
 
 WEIGHTS = (0.0, 0.25, 0.5, 0.75, 1.0)
 REFERENCES = 4
@@ -67,7 +69,7 @@ def w_label(first: str, second: str) -> str:
 
 def _draws(
     toy: Toy, w: float, samples: int, steps: int, seed: int, ticks: "_Ticks"
-) -> tuple[GaussianMixture, list[Tensor], dict[str, Tensor]]:
+) -> tuple[Law, list[Tensor], dict[str, Tensor]]:
     """The exact target of weight w, reference draws of it, and the draws to be judged: floor and methods."""
     first, second = toy.rewards
     combined = w * toy.rewards[first] + (1 - w) * toy.rewards[second]

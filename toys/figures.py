@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from dbtheory.files import write_atomically
-from dbtheory.mixture import GaussianMixture
+from dbtheory.law import Law
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart.
 COLOURS = ("#4d4d4d", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00")
@@ -27,7 +27,7 @@ class Panel:
 
 
 def cloud_grid(
-    rows: Mapping[str, tuple[GaussianMixture, Sequence[Panel]]],
+    rows: Mapping[str, tuple[Law, Sequence[Panel]]],
     columns: Sequence[str],
     title: str,
     *,
@@ -48,7 +48,7 @@ def cloud_grid(
     return figure
 
 
-def _draw(axis: Axes, target: GaussianMixture, panel: Panel, colour: str, half_width: float, shown: int) -> None:
+def _draw(axis: Axes, target: Law, panel: Panel, colour: str, half_width: float, shown: int) -> None:
     line = torch.linspace(-half_width, half_width, 161, dtype=torch.float64)
     x, y = torch.meshgrid(line, line, indexing="xy")
     log_density = target.log_prob(torch.stack([x, y], dim=-1).reshape(-1, 2)).reshape(x.shape)

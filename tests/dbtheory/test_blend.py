@@ -1,28 +1,16 @@
 """The blenders: exact laws, proportions in every prefix, and no dependence on batches."""
 
-import math
-
 import pytest
 import torch
-from scipy import integrate, stats
 
 import toys
-from dbtheory import ExactExperts, MeanBlend, PrecisionBlend, Preference, SampledBlend
-from dbtheory.assignment import independent_choice, rotation_choice
+from dbtheory import ExactExperts, MeanBlend, Preference, SampledBlend
 from dbtheory.blend import Step
 from dbtheory.parametrization import convert
-from tests.chance import alarms, law_p_value, mean_p_value
+from tests.chance import alarms, mean_p_value
 
 N = 100_000
-LAWS = [
-    (0.3, 0.7),
-    (1 / math.pi, 1 - 1 / math.pi),
-    (0.5, 0.3, 0.2),
-    (1 / math.e, 1 / math.pi, 1 - 1 / math.e - 1 / math.pi),
-    (0.1, 0.2, 0.3, 0.4),
-    (0.02, 0.9, 0.05, 0.03),
-]
-CHOICES = {"iid": independent_choice, "low-discrepancy": rotation_choice}
+ORDERS = ("iid", "low-discrepancy")
 
 
 def phases(n, seed=0):
@@ -127,54 +115,7 @@ def test_only_experts_with_weight_are_evaluated():
     assert experts.asked == [200]
 
 
-@pytest.mark.parametrize("order", CHOICES)
-def test_each_step_has_the_exact_law(order):
-    """At every step each expert is drawn with its coefficient: chi-square, 1e-5 over laws and steps."""
-    draws = [(law, CHOICES[order](law, index, phases(N))) for law in LAWS for index in (0, 1, 2, 7, 49, 999)]
-    assert not alarms([law_p_value(draw, law) for law, draw in draws])
-
-
-@pytest.mark.parametrize("order", CHOICES)
-def test_wrong_probabilities_are_caught(order):
-    """Negative control: the same test alarms where each law is off by 0.01."""
-    for law in LAWS:
-        wrong = (law[0] + 0.01, *law[1:-1], law[-1] - 0.01)
-        assert alarms([law_p_value(CHOICES[order](law, index, phases(N)), wrong) for index in (0, 1, 7)])
-
-
-def test_one_phase_drawn_for_the_batch_is_caught():
-    """Negative control: one draw shared by a batch has not the law of per-sample draws."""
-    shared = rotation_choice((0.3, 0.7), 3, phases(1).expand(N))
-    assert alarms([law_p_value(shared, (0.3, 0.7))])
-
-
-def test_iid_steps_are_independent():
-    """With order "iid" successive draws are independent: chi-square on pairs. The rotation's are not."""
-    law = (0.3, 0.7)
-    pairs = [p * q for p in law for q in law]
-
-    def p_value(choice, index):
-        return law_p_value(2 * choice(law, index, phases(N)) + choice(law, index + 1, phases(N)), pairs)
-
-    assert not alarms([p_value(independent_choice, index) for index in range(5)])
-    assert alarms([p_value(rotation_choice, 0)])
-
-
-@pytest.mark.parametrize("law", LAWS)
-def test_every_prefix_holds_each_expert_in_proportion(law):
-    """After k steps the count is within 1 of k w for two experts, within m - 1 for m. iid is not."""
-    steps, n = 200, 500
-    k = torch.arange(1, steps + 1, dtype=torch.float64)[:, None]
-
-    def worst(choice):
-        draws = torch.stack([choice(law, index, phases(n)) for index in range(steps)])
-        return max(float(((draws == i).cumsum(0) - k * w).abs().max()) for i, w in enumerate(law))
-
-    assert worst(rotation_choice) <= len(law) - 1 + 1e-9
-    assert worst(independent_choice) > len(law) - 1
-
-
-@pytest.mark.parametrize("order", CHOICES)
+@pytest.mark.parametrize("order", ORDERS)
 def test_draws_travel_with_their_sample(order):
     """A sample's draws depend on its own phase alone: the batch may be permuted or chunked."""
     experts, x, n = ring(), cloud(), 200
@@ -193,7 +134,7 @@ def test_draws_travel_with_their_sample(order):
     assert torch.equal(blend.choose(law, Step(5, 10, 0.4, 0.3, whole.phase[permutation])), choice[permutation])
 
 
-@pytest.mark.parametrize("order", CHOICES)
+@pytest.mark.parametrize("order", ORDERS)
 def test_sampled_blend_has_the_mean_blends_mean(order):
     """At one point the draws average to MeanBlend's prediction (MATH.md 6); other weights alarm."""
     experts = ring()
@@ -234,56 +175,3 @@ def test_bad_input():
         SampledBlend(halves)(experts, x, 0.4, step(199))
     with pytest.raises(ValueError, match="order must be"):
         SampledBlend(halves, "sobol")
-
-
-def test_precision_blend_is_the_product_of_the_kernels():
-    """MSDDA: mean and variance of `prod_i N(mu_i, s_i^2)^c_i`, by quadrature of the product itself."""
-    preference = Preference({"east": 0.3, "north": 0.7}, 0.8)
-    variances = {"base": 1.0, "east": 0.5, "north": 2.0}
-    blend = PrecisionBlend(preference, variances)
-    experts, x = ring(), cloud(5)
-    means = experts.predict(x, 0.4, list(experts.names))
-    blended = blend(experts, x, 0.4, step(5))
-
-    def moments(kernels, centre):
-        def density(y, k):
-            return (y - centre) ** k * math.exp(sum(c * kernel.logpdf(y) for c, kernel in kernels))
-
-        return [integrate.quad(density, centre - 12, centre + 12, args=(k,))[0] for k in range(3)]
-
-    for i in range(5):
-        kernels = [
-            (c, stats.norm(float(means[j, i, 0]), variances[name] ** 0.5))
-            for j, (name, c) in enumerate(preference.coefficients().items())
-        ]
-        mass, first, second = moments(kernels, float(blended[i, 0]))
-        assert first / mass == pytest.approx(0.0, abs=1e-9)
-        assert second / mass == pytest.approx(blend.noise_variance, rel=1e-9)
-
-
-def test_equal_variances_are_db_mpa():
-    """Adapters that share the scheduler's variance: MSDDA is DB-MPA, for any lambda (MATH.md 7)."""
-    experts, x = ring(), cloud()
-    for scale in (0.5, 1.0, 1.8):
-        preference = Preference({"east": 0.3, "north": 0.7}, scale)
-        blend = PrecisionBlend(preference, dict.fromkeys(experts.names, 0.7))
-        expected = MeanBlend(preference)(experts, x, 0.4, step(200))
-        torch.testing.assert_close(blend(experts, x, 0.4, step(200)), expected, rtol=1e-12, atol=1e-12)
-        assert blend.noise_variance == pytest.approx(0.7)
-
-
-@pytest.mark.parametrize(
-    ("scale", "variances", "said"),
-    [
-        (2.0, {"base": 0.1, "east": 1.0, "north": 1.0}, "not positive"),
-        (1.0, {"base": 1.0, "east": 1.0}, "variances are needed"),
-        (1.0, {"base": 1.0, "east": 1.0, "north": 1.0, "south": 1.0}, "variances are needed"),
-        (1.0, {"base": 1.0, "east": -1.0, "north": 1.0}, '"east" must be positive'),
-        (1.0, {"base": 1.0, "east": 1.0, "north": math.nan}, '"north" must be positive'),
-        (1.0, {"base": math.inf, "east": 1.0, "north": 1.0}, '"base" must be positive'),
-    ],
-)
-def test_bad_variances(scale, variances, said):
-    """A precision that is not positive definite, and variances that are no variances, are ValueErrors."""
-    with pytest.raises(ValueError, match=said):
-        PrecisionBlend(Preference({"east": 0.3, "north": 0.7}, scale), variances)

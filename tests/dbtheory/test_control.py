@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from dbtheory.control import control, jensen_control, jensen_gap
+from dbtheory.control import chosen_route, control, jensen_control, jensen_gap
+from dbtheory.grid import GridLaw
 from dbtheory.mixture import GaussianMixture
-from dbtheory.quadrature import gauss_hermite
-from dbtheory.reward import FunctionReward, LinearReward, QuadraticReward
+from dbtheory.reward import FunctionReward, LinearReward, QuadraticReward, SmoothReward
 from dbtheory.schedule import NoiseSchedule, RectifiedFlow, VPLinear
 from tests.dbtheory.bayes import Bayes
 from tests.dbtheory.strategies import SCHEDULES, normal, random_mixture, random_reward
@@ -20,6 +20,10 @@ from tests.dbtheory.strategies import SCHEDULES, normal, random_mixture, random_
 QUANTITIES = (control, jensen_control, jensen_gap)
 each_quantity = pytest.mark.parametrize("quantity", QUANTITIES, ids=lambda q: q.__name__)
 each_schedule = pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda s: type(s).__name__)
+
+
+SMOOTH = SmoothReward(lambda x: x.sum(-1))
+GRID = GridLaw.from_density(lambda x: -0.5 * x.square().sum(-1), (-5, -5), (5, 5), (21, 21))
 
 
 def seeded(seed: int) -> torch.Generator:
@@ -167,14 +171,29 @@ def test_float32(quantity: Callable[..., Tensor]) -> None:
         torch.testing.assert_close(got.double(), expected, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("dim", [1, 2, 3])
-def test_gauss_hermite_integrates_polynomials(dim: int) -> None:
-    """Moments of the standard normal up to degree 2 order - 1 in each coordinate: E[z^2k] = (2k - 1)!!."""
-    points, log_weights = gauss_hermite(5, dim, torch.zeros(1).double())
-    weights = log_weights.exp()
-    for degree, moment in enumerate((1, 0, 1, 0, 3, 0, 15, 0, 105, 0)):
-        assert (weights @ points[:, -1] ** degree).item() == pytest.approx(moment, abs=1e-11)
-    assert (weights @ points.square().prod(1)).item() == pytest.approx(1, abs=1e-12)
+@each_quantity
+def test_the_route_follows_from_the_reward(quantity: Callable[..., Tensor]) -> None:
+    """Left open it is closed for a quadratic reward, Gauss-Hermite for a smooth one, a lattice for any other."""
+    prior, quadratic, x = random_mixture(2, 2, seeded(0)), random_reward(2, 0.5, seeded(1)), normal((3, 2), seeded(2))
+    for reward, route in (
+        (quadratic, "closed"),
+        (SmoothReward(lambda x: x.sin().sum(-1)), "quadrature"),
+        (FunctionReward(lambda x: x.sign().sum(-1)), "grid"),
+        (SmoothReward(lambda x: x.sin().sum(-1)) + FunctionReward(lambda x: x.sign().sum(-1)), "grid"),
+    ):
+        assert chosen_route(prior, reward) == route
+        arguments = (prior, reward, 0.7, VPLinear(), x, 0.3)
+        assert torch.equal(quantity(*arguments), quantity(*arguments, route=route))
+
+
+@each_quantity
+def test_chunks_change_nothing(quantity: Callable[..., Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Points in pieces of one or two, each with its own time, give what they give together."""
+    prior, reward = random_mixture(2, 2, seeded(0)), SmoothReward(lambda x: x.sin().sum(-1))
+    x, t = normal((5, 2), seeded(2)), torch.linspace(0.1, 0.9, 5, dtype=torch.float64)
+    together = quantity(prior, reward, 0.7, VPLinear(), x, t, order=8)
+    monkeypatch.setattr("dbtheory.conditional._CHUNK_ENTRIES", 2 * 64 * 4)
+    torch.testing.assert_close(quantity(prior, reward, 0.7, VPLinear(), x, t, order=8), together, rtol=1e-13, atol=0)
 
 
 @each_quantity
@@ -190,13 +209,18 @@ def test_gauss_hermite_integrates_polynomials(dim: int) -> None:
         ({"x": torch.full((3, 2), math.nan)}, "NaN"),
         ({"route": "guess"}, "unknown route 'guess'"),
         ({"reward": LinearReward(torch.ones(3).double())}, "3 coordinates"),
-        ({"reward": FunctionReward(lambda x: x.sum(-1))}, "QuadraticReward"),
+        ({"reward": FunctionReward(lambda x: x.sum(-1)), "route": "closed"}, "QuadraticReward"),
+        ({"reward": FunctionReward(lambda x: x.sum(-1)), "prior": random_mixture(2, 3, seeded(0))}, "SmoothReward"),
+        ({"reward": SMOOTH, "prior": random_mixture(2, 8, seeded(0)), "x": torch.zeros(3, 8)}, "directions"),
+        ({"reward": SmoothReward(lambda z: z.sum(-1), torch.ones(1, 3))}, "3 coordinates"),
+        ({"prior": GRID, "route": "quadrature"}, '"grid" alone'),
+        ({"prior": GRID, "t": 0.0}, r"\(0, 1\]"),
         (
             {"reward": QuadraticReward(-50 * torch.eye(2).double(), torch.zeros(2).double())},
             "positive definite",
         ),
         ({"route": "quadrature", "order": 0}, "Gauss-Hermite"),
-        ({"route": "quadrature", "order": 2000}, "Gauss-Hermite"),
+        ({"route": "quadrature", "order": 2_000_000}, "Gauss-Hermite"),
     ],
 )
 def test_bad_input_is_refused(quantity: Callable[..., Tensor], change: dict, message: str) -> None:

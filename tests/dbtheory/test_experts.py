@@ -1,10 +1,13 @@
 """ExactExperts: the closed-form experts pass the shared suite and equal independently built scores."""
 
+import math
+
 import pytest
 import torch
+from scipy import integrate
 
 import toys
-from dbtheory import ExactExperts, GaussianMixture, QuadraticReward
+from dbtheory import ExactExperts, FunctionReward, GaussianMixture, GridLaw, QuadraticReward, SmoothReward, VPLinear
 from dbtheory.parametrization import convert
 from tests import conformance
 
@@ -34,6 +37,49 @@ def test_conformance_in_float32():
     toy = toys.get("ring-of-six")
     experts = ExactExperts(toy.prior.to(torch.float32), toy.rewards, toy.alpha, toy.schedule, "eps")
     conformance.check_all(experts, points(experts), 0.4)
+
+
+def any_experts(kind="score", dtype=torch.float64):
+    """A mixture on a plane and rewards of every sort: targets are a mixture, and grids."""
+    toy = toys.get("ring-of-six")
+    first = next(iter(toy.rewards.values()))
+    smooth = SmoothReward(lambda x: x.sin().sum(-1))
+    rewards = {"quadratic": first, "smooth": smooth, "jump": FunctionReward(lambda x: x[..., 0].sign())}
+    return ExactExperts(toy.prior.to(dtype), rewards, 1.0, toy.schedule, kind)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_conformance_with_any_reward(kind):
+    """Quadratic, smooth and jumping rewards stand side by side."""
+    experts = any_experts(kind)
+    assert [type(law) for law in experts.targets.values()] == [GaussianMixture, GaussianMixture, GridLaw, GridLaw]
+    conformance.check_all(experts, points(experts), 0.4)
+    conformance.check_all(experts, points(experts), torch.tensor(0.01, dtype=torch.float64))
+
+
+def test_conformance_with_any_reward_in_float32():
+    """Grids follow the prior's dtype."""
+    experts = any_experts("eps", torch.float32)
+    conformance.check_all(experts, points(experts), 0.4)
+
+
+def test_a_prior_on_a_grid():
+    """A density that is no mixture, on a line: an expert's score is that of its tilted, noised density by scipy."""
+    prior = GridLaw.from_density(lambda x: -x[:, 0].pow(4) + 2 * x[:, 0].square(), [-3.5], [3.5], [701])
+    experts = ExactExperts(prior, {"up": SmoothReward(lambda x: x[..., 0].tanh())}, 0.5, VPLinear())
+    conformance.check_all(experts, points(experts), 0.4)
+    assert experts.event_shape == (1,)
+    t = 0.2
+    alpha, sigma = float(experts.schedule.alpha(t)), float(experts.schedule.sigma(t))
+    for x in (-1.5, 0.2, 1.1):
+
+        def joint(z, x=x):
+            return math.exp(-(z**4) + 2 * z * z + 2 * math.tanh(z) - 0.5 * ((x - alpha * z) / sigma) ** 2)
+
+        mass, _ = integrate.quad(joint, -5, 5, epsabs=1e-12)
+        pull, _ = integrate.quad(lambda z, x=x: joint(z, x) * (alpha * z - x) / sigma**2, -5, 5, epsabs=1e-12)
+        score = experts.predict(torch.tensor([[x]], dtype=torch.float64), t, ["up"]).item()
+        assert score == pytest.approx(pull / mass, abs=1e-6)
 
 
 def test_one_time_a_point():

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dbtheory import GaussianMixture
-from dbtheory.metrics import gaussian_w2, kl_estimate, sliced_w2, w2_1d
+from dbtheory.metrics import SlicedW2, gaussian_w2, kl_estimate, sliced_w2, total_variation, w2_1d
 
 D = torch.float64
 
@@ -48,14 +48,15 @@ def test_sliced_w2_is_symmetric_and_seeded():
         sliced_w2(x, normal(300, 3))
 
 
-@pytest.mark.parametrize("size", [400, 300])
+@pytest.mark.parametrize("size", [400, 1200, 300])
 def test_sliced_w2_is_pots(size):
-    """Both routes, equal sizes and not, are POT's sliced distance along the same directions."""
+    """All routes, equal sizes, a multiple and neither, are POT's sliced distance along the same directions."""
     x, y = normal(400, 3), 0.5 + normal(size, 3, seed=1)
     directions = torch.randn(3, 50, generator=torch.Generator().manual_seed(4), dtype=D)
     directions = (directions / directions.norm(dim=0)).numpy()
     expected = ot.sliced_wasserstein_distance(x.numpy(), y.numpy(), projections=directions, p=2)
     assert sliced_w2(x, y, projections=50, seed=4) == pytest.approx(float(expected), rel=1e-9)
+    assert SlicedW2(y, projections=50, seed=4)(x) == sliced_w2(x, y, projections=50, seed=4)
 
 
 def test_w2_on_the_line():
@@ -83,3 +84,21 @@ def test_kl_estimate_covers_the_closed_form():
     estimate, error = kl_estimate(p, q, 50_000, torch.Generator().manual_seed(0))
     assert abs(estimate - closed([0.5, 1.0], [1.0, 0.5], [2.0, 1.0])) < 4.5 * error
     assert abs(estimate - closed([0.5, 1.0], [2.0, 1.0], [1.0, 0.5])) > 4.5 * error
+
+
+@pytest.mark.parametrize(("dim", "counts"), [(1, [401]), (2, [201, 161])])
+def test_total_variation_of_shifted_gaussians(dim, counts):
+    """Shifting N(0, I) by m moves total variation `2 Phi(m/2) - 1`, whatever the dimension; equal laws have 0."""
+    m = 1.3
+    p, q = gaussian([0.0] * dim, [1.0] * dim), gaussian([m] + [0.0] * (dim - 1), [1.0] * dim)
+    box = [-8.0] * dim, [9.0] * dim, counts
+    assert total_variation(p, q, *box) == pytest.approx(math.erf(m / 2 / math.sqrt(2)), abs=1e-3)
+    assert total_variation(p, p, *box) == 0.0
+
+
+@pytest.mark.parametrize("box", [([0.0], [1.0, 1.0], [9, 9]), ([1.0], [0.0], [9]), ([0.0], [1.0], [1])])
+def test_total_variation_refuses_boxes_that_are_none(box):
+    """Axes that disagree, are reversed or have no length are a ValueError that shows the box."""
+    p = gaussian([0.0], [1.0])
+    with pytest.raises(ValueError, match="low < high"):
+        total_variation(p, p, *box)

@@ -130,6 +130,38 @@ def test_pieces_equal_the_whole(monkeypatch: pytest.MonkeyPatch, t) -> None:
     torch.testing.assert_close((mixture.score(x), mixture.log_prob(x)), whole, rtol=1e-14, atol=1e-15)
 
 
+@pytest.mark.parametrize("t", [0.3, torch.linspace(0.1, 1, 10, dtype=torch.float64)])
+def test_gradients_pass_through_the_pieces(monkeypatch: pytest.MonkeyPatch, t) -> None:
+    """Autograd differentiates density and score: the score's slopes are the Hessian of log_prob, in pieces as whole."""
+    mixture = random_mixture(3, 2, seeded(0)).noised(VPLinear(), t)
+    x = normal((10, 2), seeded(1)).requires_grad_(True)
+
+    def derivatives() -> tuple[Tensor, Tensor, Tensor]:
+        (slope,) = torch.autograd.grad(mixture.log_prob(x).sum(), x, create_graph=True)
+        (hessian,) = torch.autograd.grad(slope[:, 0].sum(), x)
+        (jacobian,) = torch.autograd.grad(mixture.score(x)[:, 0].sum(), x)
+        return slope.detach(), hessian, jacobian
+
+    slope, hessian, jacobian = derivatives()
+    torch.testing.assert_close(jacobian, hessian, rtol=1e-10, atol=1e-11)
+    monkeypatch.setattr(dbtheory.mixture, "_CHUNK_ENTRIES", 3 * 6)
+    torch.testing.assert_close(derivatives(), (slope, hessian, jacobian), rtol=1e-13, atol=1e-14)
+
+
+def test_far_from_the_origin_no_digit_is_lost() -> None:
+    """Components 1e-3 wide, a million away: moved by a power of two, points and means keep their differences exactly.
+
+    A norm expanded as `|x|^2 - 2 x.m + |m|^2`, or points rotated before the means are subtracted, would not.
+    """
+    near = random_mixture(4, 2, seeded(0))
+    means = (1024 * 1024 * 1e-3 * near.means).round() / 2**20
+    x = (1024 * 1024 * 1e-3 * normal((20, 2), seeded(1))).round() / 2**20
+    narrow = GaussianMixture(near.weights, means, 1e-6 * near.covariances)
+    moved = GaussianMixture(near.weights, means + 2**20, 1e-6 * near.covariances)
+    assert torch.equal(moved.score(x + 2**20), narrow.score(x))
+    assert torch.equal(moved.log_prob(x + 2**20), narrow.log_prob(x))
+
+
 def moment_p_values(samples: Tensor, law: GaussianMixture) -> list[float]:
     """p-values of all first and second moments of the samples (n, d) under the law."""
     offsets = samples - law.mean

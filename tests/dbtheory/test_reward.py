@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from dbtheory.reward import FunctionReward, LinearReward, QuadraticReward
+from dbtheory.reward import FunctionReward, LinearReward, QuadraticReward, RBFReward, SmoothReward, TanhReward
 from tests.dbtheory.strategies import normal, random_reward
 
 
@@ -54,6 +54,82 @@ def test_other_rewards_add_and_scale() -> None:
 def test_to_changes_dtype() -> None:
     """Parameters follow the tensor given."""
     assert random_reward(2, 1.0, seeded(0)).to(torch.zeros(1)).Q.dtype == torch.float32
+
+
+def bumps() -> RBFReward:
+    return RBFReward(torch.tensor([[0.0, 1.0], [2.0, 0.0]]), torch.tensor([1.0, 0.5]), torch.tensor([1.0, -2.0]))
+
+
+def test_rbf_reward_is_its_formula() -> None:
+    """Bumps at two centres: their values there, and half a width away."""
+    far, near = math.exp(-2.5), math.exp(-0.5 * 5 / 0.25)
+    values = bumps()(torch.tensor([[0.0, 1.0], [2.0, 0.0], [0.5, 1.0]]))
+    third = math.exp(-0.125) - 2 * math.exp(-0.5 * (2.25 + 1) / 0.25)
+    torch.testing.assert_close(values, torch.tensor([1 - 2 * near, far - 2, third]))
+
+
+def test_tanh_reward_is_its_formula() -> None:
+    """Two saturating slopes, and the directions on which they depend."""
+    reward = TanhReward(torch.tensor([[1.0, 0.0], [1.0, 2.0]]), torch.tensor([0.0, -1.0]), torch.tensor([3.0, 1.0]))
+    assert reward(torch.tensor([0.5, 0.25])).item() == pytest.approx(3 * math.tanh(0.5), rel=1e-6)
+    assert reward.directions is not None
+    assert reward.directions.shape == (2, 2)
+
+
+def test_a_small_network_is_a_smooth_reward() -> None:
+    """Any module from points to values serves as the function."""
+    network = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.Tanh(), torch.nn.Linear(3, 1), torch.nn.Flatten(0))
+    assert SmoothReward(network)(torch.zeros(5, 2)).shape == (5,)
+
+
+def test_a_function_of_directions_sees_their_coordinates() -> None:
+    """With directions (k, d) the function takes x @ directions.T."""
+    directions, x = normal((2, 5), seeded(0)), normal((7, 5), seeded(1))
+    reward = SmoothReward(lambda z: z[..., 0] * z[..., 1].sin(), directions)
+    torch.testing.assert_close(reward(x), (x @ directions[0]) * (x @ directions[1]).sin())
+
+
+def test_sums_and_multiples_of_smooth_rewards_stay_smooth() -> None:
+    """So do sums with quadratic ones; directions add up where both are known, and a plain function ends it."""
+    slope, x = normal((1, 3), seeded(0)), normal((7, 3), seeded(1))
+    ridge, line = SmoothReward(lambda z: z.squeeze(-1).sin(), slope), LinearReward(normal((3,), seeded(2)))
+    free, plain = SmoothReward(lambda x: x.cos().sum(-1)), FunctionReward(lambda x: x.sign().sum(-1))
+    for blend in (0.5 * ridge + line * 2, 2 * line + ridge * 0.5, sum([0.5 * ridge, 2 * line])):
+        assert isinstance(blend, SmoothReward)
+        assert not isinstance(blend, QuadraticReward)
+        assert blend.directions is not None
+        assert torch.linalg.matrix_rank(blend.directions) == 2
+        torch.testing.assert_close(blend(x), 0.5 * (x @ slope[0]).sin() + 2 * x @ line.b)
+    assert isinstance(ridge + free, SmoothReward)
+    assert (ridge + free).directions is None
+    assert not isinstance(ridge + plain, SmoothReward)
+    assert not isinstance(plain + line, SmoothReward)
+
+
+def test_sums_follow_the_dtype_of_the_points() -> None:
+    """A sum of float64 rewards takes float32 points, as each of them does through `to`."""
+    quadratic, x = random_reward(2, 1.0, seeded(0)), torch.ones(3, 2)
+    for other in (bumps(), FunctionReward(lambda x: x.sum(-1))):
+        assert (0.5 * (quadratic + other))(x).dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: RBFReward(torch.zeros(2, 2), torch.ones(3), torch.ones(2)), "centres, widths"),
+        (lambda: RBFReward(torch.zeros(2, 2), torch.zeros(2), torch.ones(2)), "positive"),
+        (lambda: TanhReward(torch.zeros(2, 2), torch.zeros(2), torch.ones(3)), "slopes, offsets"),
+        (lambda: SmoothReward(torch.sum, torch.zeros(2)), "directions"),
+        (lambda: bumps()(torch.zeros(4, 3)), "points must be"),
+        (lambda: SmoothReward(lambda z: z.sum(-1), torch.ones(1, 2))(torch.zeros(4, 3)), "points must be"),
+        (lambda: SmoothReward(torch.sin)(torch.zeros(4, 3)), "squeeze"),
+        (lambda: TanhReward(torch.ones(1, 2), *torch.ones(2, 1)) + LinearReward(torch.ones(3)), "different dimensions"),
+    ],
+)
+def test_impossible_smooth_rewards_are_refused(make, message: str) -> None:
+    """Shapes that disagree, widths that are not positive, points and sums of other dimensions."""
+    with pytest.raises(ValueError, match=message):
+        make()
 
 
 B = torch.zeros(2).double()

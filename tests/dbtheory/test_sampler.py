@@ -13,7 +13,6 @@ from dbtheory import (
     GaussianMixture,
     LinearReward,
     MeanBlend,
-    PrecisionBlend,
     Preference,
     RectifiedFlow,
     SampledBlend,
@@ -23,8 +22,7 @@ from dbtheory import (
     sample,
 )
 from dbtheory.blend import Step
-from dbtheory.parametrization import convert
-from dbtheory.sampler import ddim_step, ddpm_step, euler_maruyama_step, posterior_variance, time_grid
+from dbtheory.sampler import time_grid
 from tests.chance import alarms
 
 MEAN = torch.tensor([1.0, -0.5], dtype=torch.float64)
@@ -118,49 +116,6 @@ def test_weak_order_one_and_the_right_limit(schedule, method, eta):
     assert 3 < float(coarse / fine) < 5
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda s: type(s).__name__)
-def test_ddpm_is_ddim_with_eta_one(schedule):
-    """DDIM at eta = 1 is the ancestral sampler, under every schedule, step by step."""
-    x, x0, noise = torch.randn(3, 50, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    for t, s in [(0.9, 0.6), (0.5, 0.45), (0.1, 0.0)]:
-        ancestral = ddpm_step(x, x0, t, s, noise, schedule)
-        implicit = ddim_step(x, x0, t, s, noise, schedule, eta=1.0)
-        torch.testing.assert_close(ancestral, implicit, rtol=1e-11, atol=1e-11)
-
-
-def test_posterior_variance_against_conditioning():
-    """The ancestral variance is the conditional one in the Gaussian law of (x_s, x_t) given x_0."""
-    for schedule in SCHEDULES:
-        for t, s in [(0.9, 0.6), (0.5, 0.45), (0.1, 0.01)]:
-            link = schedule.alpha(t) / schedule.alpha(s)
-            var_s, var_t = schedule.sigma(s) ** 2, schedule.sigma(t) ** 2
-            expected = var_s - (link * var_s) ** 2 / var_t
-            torch.testing.assert_close(posterior_variance(schedule, t, s), expected, rtol=1e-9, atol=0.0)
-
-
-@pytest.mark.parametrize("kind", ["eps", "v"])
-@pytest.mark.parametrize("eta", [0.0, 0.3, 1.0])
-def test_ddim_against_diffusers(eta, kind):
-    """On the same tensors a DDIM step is diffusers' own, at every step of its schedule."""
-    diffusers = pytest.importorskip("diffusers")
-    prediction_type = {"eps": "epsilon", "v": "v_prediction"}[kind]
-    scheduler = diffusers.DDIMScheduler(
-        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False,
-        set_alpha_to_one=True, prediction_type=prediction_type,
-    )  # fmt: skip
-    scheduler.alphas_cumprod = scheduler.alphas_cumprod.double()
-    scheduler.set_timesteps(20)
-    schedule = VPDiscrete()
-    x, prediction, noise = torch.randn(3, 4, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    for index in scheduler.timesteps.tolist():
-        theirs = scheduler.step(prediction, index, x, eta=eta, variance_noise=noise).prev_sample
-        # diffusers' index i is our time (i + 1)/1000, and what lies before index 0 is the data
-        t, s = (index + 1) / 1000, max(index - 50 + 1, 0) / 1000
-        x0 = convert(prediction, x, t, schedule, kind, "x0")
-        # diffusers makes its betas in float32
-        torch.testing.assert_close(ddim_step(x, x0, t, s, noise, schedule, eta), theirs, rtol=1e-5, atol=1e-5)
-
-
 @pytest.mark.parametrize("kind", ["eps", "x0", "v"])
 @pytest.mark.parametrize("method", ["euler", "ddpm", "ddim"])
 def test_parametrizations_sample_the_same(method, kind):
@@ -249,30 +204,6 @@ def test_steps_are_announced_in_order():
     assert all(before.t_next == after.t for before, after in pairwise(seen))
     assert all(isinstance(step, Step) and torch.equal(step.phase, seen[0].phase) for step in seen)
     assert seen[0].phase.shape == (3,)
-
-
-def test_precision_blend_scales_the_noise():
-    """MSDDA's step has variance 1/L times the sampler's own: halving it halves the noise's variance."""
-    schedule, x = VPLinear(), torch.zeros(2, 2, dtype=torch.float64)
-    noise = torch.ones(1, 2, 2, dtype=torch.float64)
-    noise[0, 1] = 0
-
-    def spread(variance):
-        blend = PrecisionBlend(Preference({"up": 1.0}), {"base": 1.0, "up": variance})
-        grid, phase = torch.tensor([0.5, 0.4], dtype=torch.float64), torch.zeros(2, dtype=torch.float64)
-        out = sample(gaussian(schedule), blend, 2, 1, x_T=x, noise=noise, phase=phase, grid=grid)
-        return out[0] - out[1]
-
-    torch.testing.assert_close(spread(0.5), spread(1.0) * 0.5**0.5)
-
-
-def test_euler_step_reads_like_its_equation():
-    """`x - (f x - g^2 score) h + g sqrt(h) z` at h > 0, by hand for one scalar."""
-    schedule = VPLinear()
-    beta, h = 0.1 + 0.5 * 19.9, 0.1
-    x, score, z = (torch.tensor([[v]], dtype=torch.float64) for v in (1.5, -0.7, 0.3))
-    expected = 1.5 - (-0.5 * beta * 1.5 - beta * -0.7) * h + (beta * h) ** 0.5 * 0.3
-    assert float(euler_maruyama_step(x, score, 0.5, 0.4, z, schedule)) == pytest.approx(expected, rel=1e-12)
 
 
 @pytest.mark.parametrize(

@@ -5,9 +5,11 @@ import math
 import mpmath
 import pytest
 import torch
+from scipy import integrate
 
+from dbtheory.grid import GridLaw
 from dbtheory.mixture import GaussianMixture
-from dbtheory.reward import FunctionReward, LinearReward, QuadraticReward
+from dbtheory.reward import FunctionReward, LinearReward, QuadraticReward, RBFReward, SmoothReward
 from dbtheory.schedule import VPLinear
 from dbtheory.tilt import log_normalizer, tilt
 from tests.dbtheory.bayes import lattice
@@ -132,11 +134,9 @@ def test_a_target_of_infinite_mass_is_refused(curvature: float) -> None:
 
 
 def test_other_rewards_are_refused() -> None:
-    """A reward of another dimension, or one that is not quadratic."""
+    """A reward of another dimension."""
     with pytest.raises(ValueError, match="3 coordinates"):
         tilt(PRIOR, LinearReward(torch.ones(3).double()), 1.0)
-    with pytest.raises(ValueError, match="QuadraticReward"):
-        tilt(PRIOR, FunctionReward(lambda x: x.sum(-1)), 1.0)
 
 
 def test_a_strong_reward_in_one_direction_is_a_tilt_in_float32() -> None:
@@ -146,3 +146,128 @@ def test_a_strong_reward_in_one_direction_is_a_tilt_in_float32() -> None:
     reward = QuadraticReward(torch.diag(torch.tensor([1e4, 0.0])), torch.zeros(2))
     covariance = tilt(prior, reward, alpha=0.01).covariance
     assert torch.allclose(covariance, torch.diag(torch.tensor([1 / (1e6 + 1), 1.0])), rtol=1e-5, atol=1e-9)
+
+
+# Rewards that are not quadratic, and priors on a grid.
+
+
+@pytest.mark.parametrize("dim", [1, 2])
+def test_a_quadratic_reward_in_disguise(dim: int) -> None:
+    """Given as a plain function it is tilted on a grid, which equals the closed form in law and normaliser."""
+    prior, reward = random_mixture(3, dim, seeded(dim)), random_reward(dim, 0.5, seeded(1))
+    exact, law = tilt(prior, reward, 0.5), tilt(prior, FunctionReward(reward), 0.5)
+    assert isinstance(law, GridLaw)
+    assert law.discretisation_error < 1e-2
+    tolerance = {1: 1e-6, 2: 1e-3}[dim]
+    torch.testing.assert_close(law.mean, exact.mean, rtol=0, atol=tolerance)
+    torch.testing.assert_close(law.covariance, exact.covariance, rtol=0, atol=tolerance)
+    normalizer = log_normalizer(prior, FunctionReward(reward), 0.5)
+    torch.testing.assert_close(normalizer, log_normalizer(prior, reward, 0.5), rtol=0, atol=1e-10)
+    for t in (0.0, 0.1, 0.5):
+        noised = exact.noised(VPLinear(), t)
+        x = noised.sample(200, seeded(2))
+        assert (law.noised(VPLinear(), t).score(x) - noised.score(x)).abs().max() < 50 * tolerance
+
+
+def test_an_indicator_equals_the_error_function() -> None:
+    """r = 1 above an edge: the mass there, the mean and log Z from normal distribution functions, within the error."""
+    one = torch.ones(1).double()
+    prior = GaussianMixture(one, 0 * one[None], one[None, None])
+    edge, height = 0.3, 2.0
+    law = tilt(prior, FunctionReward(lambda x: height * (x[..., 0] > edge)), 1.0)
+    assert isinstance(law, GridLaw)
+    tail, density = 0.5 * math.erfc(edge / math.sqrt(2)), math.exp(-0.5 * edge**2) / math.sqrt(2 * math.pi)
+    total = 1 + math.expm1(height) * tail
+    error = law.discretisation_error
+    assert error < 0.01
+    assert float(law.mean) == pytest.approx(math.expm1(height) * density / total, abs=error)
+    assert float(law.log_mass) == pytest.approx(math.log(total), abs=error)
+    above = law.log_weights[law.axes[0] > edge].exp().sum().item()
+    assert above == pytest.approx(math.exp(height) * tail / total, abs=error)
+
+
+BUMPS = torch.tensor([0.8, 1.1]).double(), torch.tensor([1.0, -1.5]).double()
+
+
+def test_a_bounded_reward_on_a_line_equals_scipys_quadrature() -> None:
+    """log Z and the mean of a mixture tilted by bumps, by adaptive quadrature of the density's definition."""
+    prior, reward, alpha = random_mixture(2, 1, seeded(1)), RBFReward(normal((2, 1), seeded(5)), *BUMPS), 0.3
+
+    def density(z: float) -> float:
+        x = torch.tensor([[z]], dtype=torch.float64)
+        return float((prior.log_prob(x) + reward(x) / alpha).exp())
+
+    law = tilt(prior, reward, alpha)
+    options = {"epsabs": 1e-9, "epsrel": 1e-9, "limit": 200}
+    total, _ = integrate.quad(density, -15, 15, **options)
+    moment, _ = integrate.quad(lambda z: z * density(z), -15, 15, **options)
+    assert float(log_normalizer(prior, reward, alpha)) == pytest.approx(math.log(total), abs=1e-8)
+    assert float(law.mean) == pytest.approx(moment / total, abs=1e-6)
+
+
+def test_a_bounded_reward_on_a_plane_equals_a_lattice() -> None:
+    """log Z and the mean of a mixture tilted by bumps, summed over a lattice of its own."""
+    prior, reward, alpha = random_mixture(2, 2, seeded(2)), RBFReward(normal((2, 2), seeded(5)), *BUMPS), 0.3
+    nodes = lattice([prior], spacing=0.15)
+    log_mass = prior.log_prob(nodes) + reward(nodes) / alpha
+    cell = (nodes[1:] - nodes[:-1]).norm(dim=1).min() ** 2
+    expected = log_mass.logsumexp(0) + cell.log()
+    torch.testing.assert_close(log_normalizer(prior, reward, alpha), expected, rtol=0, atol=1e-9)
+    torch.testing.assert_close(tilt(prior, reward, alpha).mean, log_mass.softmax(0) @ nodes, rtol=0, atol=1e-4)
+
+
+def test_the_window_follows_the_mass() -> None:
+    """A quadratic growth that carries the mass far out of the prior's window is followed; one without end is not."""
+    one = torch.ones(1).double()
+    prior = GaussianMixture(one, 0 * one[None], one[None, None])
+    growing = QuadraticReward(torch.tensor([[-0.99]]).double(), torch.tensor([1.0]).double())
+    exact, law = tilt(prior, growing, 1.0), tilt(prior, FunctionReward(growing), 1.0)
+    assert float(exact.mean) == pytest.approx(100)
+    assert float(law.mean) == pytest.approx(100, rel=1e-3)
+    assert float(law.covariance) == pytest.approx(100, rel=1e-2)
+    with pytest.raises(ValueError, match="leaves every window"):
+        tilt(prior, FunctionReward(lambda x: x.square().sum(-1)), 1.0)
+
+
+def test_a_prior_on_a_grid_keeps_its_grid() -> None:
+    """Its tilt is the mixture's tilt, within the discretisation error, on the same nodes, for any reward."""
+    prior, reward = random_mixture(3, 2, seeded(2)), random_reward(2, 0.5, seeded(1))
+    grid = GridLaw.from_density(prior.log_prob, [-13, -13], [13, 13], [301, 301])
+    exact, x = tilt(prior, reward, 0.5), normal((9, 2), seeded(3))
+    for given in (reward, FunctionReward(reward)):
+        law = tilt(grid, given, 0.5)
+        assert isinstance(law, GridLaw)
+        assert torch.equal(law.nodes, grid.nodes)
+        torch.testing.assert_close(law.mean, exact.mean, rtol=0, atol=1e-3)
+        torch.testing.assert_close(law.log_mass, log_normalizer(prior, reward, 0.5), rtol=0, atol=1e-9)
+        score = exact.noised(VPLinear(), 0.1).score(x)
+        torch.testing.assert_close(law.noised(VPLinear(), 0.1).score(x), score, rtol=0, atol=1e-3)
+
+
+def test_a_grid_in_float32() -> None:
+    """A single-precision prior gives a grid in single precision, made in double."""
+    prior, reward = random_mixture(3, 2, seeded(0)), SmoothReward(lambda x: x.sin().sum(-1))
+    single, double = (tilt(given, reward, 0.5) for given in (prior.to(torch.float32), prior))
+    assert single.mean.dtype == torch.float32
+    torch.testing.assert_close(single.mean.double(), double.mean, rtol=0, atol=1e-4)
+    torch.testing.assert_close(
+        log_normalizer(prior.to(torch.float32), reward, 0.5).double(),
+        log_normalizer(prior, reward, 0.5),
+        rtol=0,
+        atol=1e-4,
+    )
+
+
+def test_tilts_without_a_grid_are_refused() -> None:
+    """Three dimensions, one mixture for each row, a spike that no grid resolves, a reward that is NaN."""
+    smooth = SmoothReward(lambda x: x.sin().sum(-1))
+    posterior = PRIOR.posterior(VPLinear(), torch.zeros(4, 2), 0.5)
+    for prior, reward, alpha, said in (
+        (random_mixture(2, 3, seeded(0)), smooth, 1.0, "one or two dimensions"),
+        (posterior, smooth, 1.0, "one or two dimensions"),
+        (PRIOR, FunctionReward(lambda x: -x.square().sum(-1)), 1e-4, "does not resolve"),
+        (PRIOR, FunctionReward(lambda x: x.sum(-1) * math.nan), 1.0, "NaN"),
+        (PRIOR, smooth, 0.0, "alpha"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            tilt(prior, reward, alpha)
