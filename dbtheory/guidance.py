@@ -16,9 +16,7 @@ from dbtheory.experts import Experts, Points
 from dbtheory.grid import GridLaw
 from dbtheory.law import Law
 from dbtheory.parametrization import Parametrization
-from dbtheory.reward import Reward
 from dbtheory.schedule import NoiseSchedule
-from dbtheory.tilt import require_alpha
 
 
 class GuidedExperts:
@@ -66,21 +64,18 @@ def guided_target(
     conditional: Law,
     unconditional: Law,
     guidance: float | int,
-    reward: Reward,
-    alpha: float | int,
     low: Sequence[float],
     high: Sequence[float],
     counts: Sequence[int],
 ) -> GridLaw:
-    """What guided experts formally aim at, `p_u^(1 - s) p_c^s e^(reward/alpha)`, on a grid in 1-D or 2-D.
+    """What guided experts formally aim at, `p_u^(1 - s) p_c^s` normalised, on a grid in 1-D or 2-D.
 
-    `conditional` p_c and `unconditional` p_u are the laws before alignment. Where the product has no finite mass
-    the grid's `discretisation_error` shows it, as mass on the window's rim. ValueError as `GridLaw.from_density`.
+    `conditional` p_c and `unconditional` p_u are the laws of the two experts at t = 0. Aligned to one reward, both
+    carry the factor `e^(r/alpha)`, and so does the product. Where it has no finite mass the grid's
+    `discretisation_error` shows it, as mass on the window's rim. ValueError as `GridLaw.from_density`.
     """
-    scale = require_alpha(alpha)
 
     def log_density(x: Float[Tensor, "n d"]) -> Float[Tensor, " n"]:
-        mixed = (1 - guidance) * unconditional.log_prob(x) + guidance * conditional.log_prob(x)
-        return mixed + reward(x) / scale
+        return (1 - guidance) * unconditional.log_prob(x) + guidance * conditional.log_prob(x)
 
     return GridLaw.from_density(log_density, low, high, counts)

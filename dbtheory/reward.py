@@ -148,7 +148,9 @@ class QuadraticReward(SmoothReward):
     def __init__(self, Q: Tensor, b: Tensor, c: Tensor | float | int = 0.0) -> None:
         if b.ndim != 1 or Q.shape != (len(b), len(b)):
             raise ValueError(f"Q must be (d, d) and b (d,), got shapes {tuple(Q.shape)} and {tuple(b.shape)}")
-        constant = torch.as_tensor(c, dtype=b.dtype, device=b.device)
+        dtype = torch.promote_types(Q.dtype, b.dtype)
+        Q, b = Q.to(dtype), b.to(dtype)
+        constant = torch.as_tensor(c, dtype=dtype, device=b.device)
         if constant.ndim != 0:
             raise ValueError(f"c must be one number, got shape {tuple(constant.shape)}")
         if not all(bool(part.isfinite().all()) for part in (Q, b, constant)):

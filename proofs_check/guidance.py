@@ -70,7 +70,7 @@ def _ring_of_six() -> Iterator[Row]:
             f"one expert, s = {s:g}: that distance, against the one at s = {before:g}", moved[s], moved[before], ">="
         )
     s = GUIDANCE[-1]
-    formal = guided_target(conditional, prior, s, reward, toy.alpha, [-5.0, -5.0], [5.0, 5.0], [161, 161])
+    formal = guided_target(target, tilt(prior, reward, toy.alpha), s, [-5.0, -5.0], [5.0, 5.0], [161, 161])
     yield Row(
         f"one expert, s = {s:g}: distance to p_u^(1-s) p_c^s e^(r/alpha), against two floors",
         _distance(_samples(guided[s], one), formal),

@@ -27,7 +27,7 @@ class Cloud:
 def cloud_figure(rows: Sequence[Sequence[Cloud]], title: str, *, shown: int = 1500) -> Figure:
     """One panel a cloud, on one scale; rows may be shorter than the longest."""
     columns = max(map(len, rows))
-    figure = new_figure(2.45 * columns + 0.2, 2.75 * len(rows) + 0.5, title)
+    figure = new_figure(2.45 * columns + 0.2, 2.95 * len(rows) + 0.5, title)
     axes = figure.subplots(len(rows), columns, squeeze=False)
     low, high = _window([cloud.law for row in rows for cloud in row])
     for row, line in zip(rows, axes, strict=True):
@@ -76,5 +76,5 @@ def _window(laws: Sequence[Law]) -> tuple[Float[Tensor, " d"], Float[Tensor, " d
     generator = torch.Generator().manual_seed(0)
     draws = torch.cat([law.sample(2000, generator=generator) for law in laws])
     low, high = draws.quantile(0.0005, dim=0), draws.quantile(0.9995, dim=0)
-    centre, reach = 0.5 * (low + high), 0.54 * (high - low).max()
+    centre, reach = 0.5 * (low + high), 0.58 * (high - low).max()
     return centre - reach, centre + reach

@@ -19,7 +19,7 @@ from toys.heatmaps import regime_figure
 from toys.methods import METHODS, draw_all
 from toys.network import Training
 from toys.problem import Budget, Problem
-from toys.regimes import Axes, regime_map
+from toys.regimes import Cells, regime_map
 from toys.registry import get
 from toys.soup import NetworkExperts, train_experts
 from toys.style import MARKS
@@ -43,7 +43,7 @@ def run(
     steps: int = 60,
     seed: int = 0,
     training: Training | None = None,
-    axes: Axes | None = None,
+    cells: Cells | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
     """Measure the toy `name` and draw its figures into the folder `out/name`, with all numbers in `toy.json`.
@@ -61,9 +61,9 @@ def run(
     # a grid costs a hundred times a small mixture: fewer samples, so that it takes minutes and not an hour
     budget = Budget(samples if isinstance(toy.prior, GaussianMixture) else max(1, samples // 4), steps, seed)
     training = replace(training or Training(), seed=seed)
-    axes = axes or Axes()
+    cells = cells or Cells()
     skipped = _skipped(toy)
-    ticks = _Ticks(progress, _total(toy, budget, training, axes, skipped))
+    ticks = _Ticks(progress, _total(toy, budget, training, cells, skipped))
     networks = _networks(toy, training, ticks)
     figures: dict[str, Figure] = {}
 
@@ -75,7 +75,7 @@ def run(
     regimes = None
     if "regimes" not in skipped:
         small = _ensemble(training)
-        regimes = regime_map(toy, networks.states[BASE], budget, small, axes, ticks, ticks.training)
+        regimes = regime_map(toy, networks.states[BASE], budget, small, cells, ticks, ticks.training)
         figures["regimes"] = regime_figure(regimes, LABELS, f"{name}: errors over α and the angle between rewards")
     folder = Path(out) / name
     paths = {what: str(save(figure, folder / f"{what}.png")) for what, figure in figures.items()}
@@ -152,11 +152,11 @@ def _ensemble(training: Training) -> Training:
     return replace(training, batch=max(1, training.batch // 2), expert_steps=max(1, training.expert_steps // 2))
 
 
-def _total(toy: Toy, budget: Budget, training: Training, axes: Axes, skipped: dict[str, str]) -> int:
+def _total(toy: Toy, budget: Budget, training: Training, cells: Cells, skipped: dict[str, str]) -> int:
     draws = sum(map(len, BLENDS)) + sum(sweep.draws for sweep in plan(toy, budget)) + network_draws()
     trained: Sequence[int] = (training.base_steps, training.expert_steps)
     if "regimes" not in skipped:
-        draws += axes.draws
+        draws += cells.draws
         trained = (*trained, _ensemble(training).expert_steps)
     return draws + sum(trained) // TRAINING_TICK
 

@@ -38,7 +38,7 @@ def regime_figure(regimes: Mapping[str, Any], labels: Mapping[str, str], title: 
         _heat(axis, layer["errors"][name], norm)
         _label(axis, regimes, panel)
     _winners(axes.flat[len(panels)], regimes["layers"][0]["errors"])
-    _label(axes.flat[len(panels)], regimes, "cheapest of the best, λ = 1")
+    _label(axes.flat[len(panels)], regimes, "cheapest that is as good as the best, λ = 1")
     for axis in axes.flat[len(panels) + 1 :]:
         axis.set_axis_off()
     bar = figure.colorbar(ScalarMappable(norm, COLOURS), ax=axes, shrink=0.6, aspect=30)

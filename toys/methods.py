@@ -12,7 +12,7 @@ from dbtheory.blend import Blender
 from dbtheory.correct import FeynmanKac, Trace
 from dbtheory.experts import Experts
 from dbtheory.interpolate import InterpolatedBlend
-from dbtheory.precision import exact_kernels
+from dbtheory.kernels import exact_kernels
 from dbtheory.sampler import time_grid
 from toys.problem import Budget, Problem
 from toys.soup import SOUP, NetworkExperts

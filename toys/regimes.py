@@ -28,7 +28,7 @@ BY_COST = ("soup", "ls", "ls-iid", "db", "corrected", "msdda", "piecewise", "qua
 
 
 @dataclass(frozen=True)
-class Axes:
+class Cells:
     """The cells of the map: alpha as multiples of the toy's, angles in degrees, and methods for each KL scale."""
 
     alpha_factors: Sequence[float] = ALPHA_FACTORS
@@ -45,7 +45,7 @@ def regime_map(
     base: State,
     budget: Budget,
     training: Training,
-    axes: Axes,
+    cells: Cells,
     tick: Callable[[], object] | None = None,
     train_tick: Callable[[], object] | None = None,
 ) -> dict[str, Any]:
@@ -54,22 +54,22 @@ def regime_map(
     `base` is the network trained on the toy's prior, from which every cell's experts are fine-tuned, all of
     them at once. The floor is the distance of an independent draw of each target.
     """
-    networks = _networks(toy, base, training, axes, train_tick)
+    networks = _networks(toy, base, training, cells, train_tick)
     layers = []
     for kl_scale, methods in METHODS.items():
         rows = [
             [
                 judge(conflicting_problem(toy, angle, scale, kl_scale, networks[scale, angle]), methods, budget, tick)
-                for angle in axes.angles
+                for angle in cells.angles
             ]
-            for scale in axes.alpha_factors
+            for scale in cells.alpha_factors
         ]
         errors = {name: [[cell.errors[name] for cell in row] for row in rows] for name in ("floor", *methods)}
         layers.append({"kl_scale": kl_scale, "errors": errors})
     return {
         "w": WEIGHT,
-        "alphas": [scale * toy.alpha for scale in axes.alpha_factors],
-        "angles": list(axes.angles),
+        "alphas": [scale * toy.alpha for scale in cells.alpha_factors],
+        "angles": list(cells.angles),
         "layers": layers,
     }
 
@@ -83,12 +83,12 @@ def winner(errors: Mapping[str, Sequence[Sequence[float | None]]], row: int, col
 
 
 def _networks(
-    toy: Toy, base: State, training: Training, axes: Axes, tick: Callable[[], object] | None
+    toy: Toy, base: State, training: Training, cells: Cells, tick: Callable[[], object] | None
 ) -> dict[tuple[float, float], NetworkExperts]:
     """The networks of each cell. The first reward is the same at every angle, so its expert is trained once."""
     wanted = {}
-    for scale in axes.alpha_factors:
-        for angle in axes.angles:
+    for scale in cells.alpha_factors:
+        for angle in cells.angles:
             cell = conflicting(toy, angle, scale)
             wanted[scale, angle] = tilt(cell.prior, cell.rewards[SECOND], cell.alpha)
             wanted[scale, FIRST] = tilt(cell.prior, cell.rewards[FIRST], cell.alpha)
@@ -97,6 +97,6 @@ def _networks(
         (scale, angle): NetworkExperts(
             {BASE: base, FIRST: tuned[scale, FIRST], SECOND: tuned[scale, angle]}, toy.schedule
         )
-        for scale in axes.alpha_factors
-        for angle in axes.angles
+        for scale in cells.alpha_factors
+        for angle in cells.angles
     }

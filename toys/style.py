@@ -43,7 +43,7 @@ MARKS = {
 def new_figure(width: float, height: float, title: str) -> Figure:
     """An empty figure, in inches, that needs no display; `save` it by `toys.figures.save`."""
     # padding keeps the note below one panel off the title of the next
-    figure = Figure(figsize=(width, height), layout=ConstrainedLayoutEngine(h_pad=0.08))
+    figure = Figure(figsize=(width, height), layout=ConstrainedLayoutEngine(h_pad=0.08, hspace=0.06))
     FigureCanvasAgg(figure)
     figure.suptitle(title, fontsize=13, color=INK)
     return figure

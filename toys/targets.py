@@ -62,24 +62,29 @@ def measure(toy: Toy, budget: Budget, seeds: int = 1) -> Iterator[Target]:
     """Every target on one toy, at its own alpha; distances are means over `seeds` runs."""
     first, second = two_rewards(toy)
     middle = {first: 0.5, second: 0.5}
-    corrections = [(middle, 1.0), ({first: 1.0}, 0.5), ({first: 1.0}, 1.5)]
-    for weights, kl_scale in corrections:
+    for weights, kl_scale in [(middle, 1.0), ({first: 1.0}, 0.5), ({first: 1.0}, 1.5)]:
         yield _correction(Problem(toy, weights, kl_scale), budget, seeds)
+    # not at a node, so that the correction has something left to do
+    yield _correction(Problem(toy, {first: 1.0}, 1.5), budget, seeds, interpolated=True)
     for weights, kl_scale in [({first: 1.0}, 0.25), ({first: 1.0}, 0.75), ({first: 0.25, second: 0.75}, 1.0)]:
         yield _interpolation(Problem(toy, weights, kl_scale), budget, seeds)
     for steps in LS_STEPS:
         yield _order(Problem(toy, middle), replace(budget, steps=steps))
 
 
-def _correction(problem: Problem, budget: Budget, seeds: int) -> Target:
-    trace, experts = Trace(), problem.experts()
+def _correction(problem: Problem, budget: Budget, seeds: int, interpolated: bool = False) -> Target:
+    """Feynman-Kac on plain DB, or on the quadratic interpolation; the reference is plain DB."""
+    trace, experts, blender = Trace(), problem.experts(), MeanBlend(problem.preference)
+    if interpolated:
+        experts, blender = problem.midpoint_experts(), InterpolatedBlend(problem.preference, problem.midpoints)
 
     def corrected(one: Budget) -> Tensor:
-        return run(experts, MeanBlend(problem.preference), one, correct=FeynmanKac(), trace=trace)
+        return run(experts, blender, one, correct=FeynmanKac(), trace=trace)
 
     errors = _errors(problem, corrected, budget, seeds)
     note = f"lowest ESS {float(trace.ess.min()):.2f}, {len(trace.resamplings)} resamplings"
-    return Target(problem.toy.name, f"corrected / {_name(problem)}", *errors, FIFTH, note)
+    what = "corrected quadratic" if interpolated else "corrected"
+    return Target(problem.toy.name, f"{what} / {_name(problem)}", *errors, FIFTH, note)
 
 
 def _interpolation(problem: Problem, budget: Budget, seeds: int) -> Target:

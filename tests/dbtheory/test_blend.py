@@ -67,7 +67,7 @@ def test_one_preference_a_sample_is_each_row_alone():
         alone = Preference({"east": float(w[i]), "north": 1 - float(w[i])}, float(scale[i]))
         expected = MeanBlend(alone)(experts, x[i : i + 1], 0.4, step(1))
         torch.testing.assert_close(together[i : i + 1], expected, rtol=1e-6, atol=1e-6)
-    base, east, north = experts.predict(x, 0.4, ["base", "east", "north"])
+    _, east, north = experts.predict(x, 0.4, ["base", "east", "north"])
     assert torch.equal(together[0], north[0])
     assert torch.equal(together[2], east[2])
     with pytest.raises(ValueError, match="3 samples, received 4 preferences"):

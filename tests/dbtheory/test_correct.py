@@ -18,9 +18,10 @@ from dbtheory import (
     tilt,
 )
 from dbtheory.blend import Step
-from dbtheory.correct import FeynmanKac, Trace, ancestral_rate, effective_size, euler_rate, score_variance, systematic
+from dbtheory.correct import FeynmanKac, Trace, ancestral_rate, euler_rate, score_variance
 from dbtheory.interpolate import InterpolatedBlend
 from dbtheory.precision import log_normalizer
+from dbtheory.resampling import effective_size
 from dbtheory.sampler import time_grid
 from dbtheory.steps import ddpm_step, euler_maruyama_step, posterior_gain, posterior_variance
 from dbtheory.tilt import log_normalizer as reward_normalizer
@@ -236,27 +237,6 @@ def test_interpolated_blends_have_the_same_target():
     torch.testing.assert_close(ours.numbers[1:], plain.numbers[1:], rtol=1e-10, atol=1e-10)
     law = weighted_chain(experts, c, time_grid(SCHEDULE, STEPS), "euler", 1.0, "continuous", start=Weighted(*START))
     assert not alarms(p_values(runs(experts, blend, FeynmanKac(), 24, 300), law))
-
-
-def test_systematic_resampling_rounds_the_expected_counts():
-    """Each sample is copied `n w` times, rounded down or up, and exactly `n w` times on average over the uniform."""
-    log_weights = torch.randn(50, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    expected = 50 * log_weights.softmax(0)
-    uniforms = (torch.arange(4000, dtype=torch.float64) + 0.5) / 4000
-    counts = torch.stack([systematic(log_weights, u.reshape(1)).bincount(minlength=50) for u in uniforms])
-    assert bool(((counts - expected).abs() < 1).all())
-    torch.testing.assert_close(counts.double().mean(0), expected, rtol=0.0, atol=1e-3)
-    ancestors = systematic(log_weights, uniforms[:1])
-    assert bool((ancestors.diff() >= 0).all())
-    for u in (0.0, 0.5, 1 - 1e-16):
-        point = torch.tensor([0.0, -800.0, -math.inf], dtype=torch.float64)
-        assert systematic(point, torch.tensor([u], dtype=torch.float64)).tolist() == [0, 0, 0]
-
-
-def test_effective_size():
-    """1 for equal weights, 1/n for one survivor, and no overflow far from 1."""
-    assert effective_size(torch.full((8,), -900.0, dtype=torch.float64)) == pytest.approx(1.0)
-    assert effective_size(torch.tensor([900.0, 0.0, 0.0, 0.0], dtype=torch.float64)) == pytest.approx(0.25)
 
 
 def test_all_state_travels_with_a_resampled_sample():

@@ -162,3 +162,12 @@ def test_dimensions_must_agree() -> None:
         FunctionReward(torch.sin)(torch.zeros(4, 3))
     with pytest.raises(ValueError, match="b must be"):
         LinearReward(torch.zeros(2, 2))
+
+
+def test_parts_of_different_types_are_promoted():
+    """A double Q with a float b (as `torch.tensor([0.5, 0.0])` gives) is one double reward, and moves as one."""
+    reward = QuadraticReward(torch.eye(2, dtype=torch.float64), torch.tensor([0.5, 0.0]))
+    assert reward.Q.dtype == reward.b.dtype == reward.c.dtype == torch.float64
+    moved = reward.to(torch.zeros(1, dtype=torch.float32))
+    assert moved.Q.dtype == moved.b.dtype == torch.float32
+    assert moved(torch.ones(3, 2)).dtype == torch.float32

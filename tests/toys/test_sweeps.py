@@ -59,15 +59,15 @@ def test_a_sweep_measures_every_method(ring):
 
 def test_the_regime_map_has_a_cell_for_each_pair(ring):
     """Errors by [alpha][angle] for each KL scale and method; where the rewards agree, DB is the exact expert."""
-    axes = regimes.Axes(alpha_factors=(0.5, 2.0), angles=(0.0, 90.0, 180.0))
+    cells = regimes.Cells(alpha_factors=(0.5, 2.0), angles=(0.0, 90.0, 180.0))
     ticks = []
-    table = regimes.regime_map(ring, initial_state(2, QUICK), TINY, QUICK, axes, lambda: ticks.append(1))
+    table = regimes.regime_map(ring, initial_state(2, QUICK), TINY, QUICK, cells, lambda: ticks.append(1))
     assert json.loads(json.dumps(table, allow_nan=False)) == table
     assert table["alphas"] == [0.5, 2.0]
     assert [set(layer["errors"]) for layer in table["layers"]] == [{"floor", *m} for m in regimes.METHODS.values()]
     for layer in table["layers"]:
         assert all(len(rows) == 2 and all(len(row) == 3 for row in rows) for rows in layer["errors"].values())
-    assert len(ticks) == axes.draws
+    assert len(ticks) == cells.draws
     first = table["layers"][0]["errors"]
     for row in (0, 1):
         assert first["db"][row][0] == pytest.approx(first["ls"][row][0]) == pytest.approx(first["quadratic"][row][0])
@@ -94,14 +94,14 @@ def plane(tmp_path_factory):
 
 def small_run(out):
     calls = []
-    axes = regimes.Axes(alpha_factors=(0.5, 1.0), angles=(0.0, 120.0))
+    cells = regimes.Cells(alpha_factors=(0.5, 1.0), angles=(0.0, 120.0))
     result = gallery.run(
         "anisotropic",
         out,
         samples=40,
         steps=4,
         training=replace(QUICK, base_steps=130),
-        axes=axes,
+        cells=cells,
         progress=lambda *call: calls.append(call),
     )
     return result, calls
