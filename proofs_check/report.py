@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.markup import escape
+from rich.padding import Padding
 from rich.table import Table
 
 import proofs_check
@@ -140,10 +141,11 @@ def _table(title: str, rows: Iterable[tuple[Claim, Row]]) -> Table:
     for claim, row in rows:
         if claim is not last:
             table.add_section()
+            table.add_row(f"[bold]{claim.name}[/bold] ({escape(claim.source)}): {escape(claim.statement)}")
         last = claim
         style = "bold red" if row.verdict == FAILS else None
-        label = f"{claim.name}: {row.what}"
-        table.add_row(escape(label), f"{row.measured:.3g}", _bound(row), f"{row.margin:.3g}", row.verdict, style=style)
+        what = Padding(escape(row.what), (0, 0, 0, 2))
+        table.add_row(what, f"{row.measured:.3g}", _bound(row), f"{row.margin:.3g}", row.verdict, style=style)
     return table
 
 

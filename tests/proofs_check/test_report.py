@@ -85,7 +85,8 @@ def test_a_passing_claim_exits_0_and_is_written(made_up: Callable, tmp_path: Pat
     made_up([Row("one [sic]", 1.0, 4.0), Row("wrong", 9.0, 1.0, ">=", refutes=True), Row("exact", 0.0, 1e-9)])
     main(["verify", "--json", str(tmp_path / "rows.json"), "--html", str(tmp_path / "rows.html")])
     out = capsys.readouterr().out
-    assert "made-up: one [sic]" in out
+    assert "made-up (paper eq. 0): Up is up [of course]." in out
+    assert "one [sic]" in out
     assert "2 rows hold, 0 fail, 1 refute what is printed" in out
     first, second, third = json.loads((tmp_path / "rows.json").read_text())["claims"]
     assert {key: first[key] for key in ("name", "statement", "source", "measured", "bound", "margin", "verdict")} == {
