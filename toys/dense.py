@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn.functional import logsigmoid
 
 from dbtheory.grid import GridLaw
 from dbtheory.metrics import total_variation
@@ -45,13 +46,13 @@ def pinwheel(name: str) -> Toy:
 
         return curve
 
-    bumps = RBFReward(torch.stack([vector(-1.2, 2.4), vector(2.6, 0.8)]), vector(0.8, 0.8), vector(2.5, 1.5))
+    bumps = RBFReward(torch.stack([vector(0.85, 2.65), vector(-2.25, 1.65)]), vector(0.8, 0.8), vector(2.5, 1.5))
     rewards = {"south": linear(0.2, -0.8), "north-west": toward(-1.0, 2.0, strength=0.8), "bumps": bumps}
     return _noisy_curves(name, [arm(2 * math.pi * k / 5) for k in range(5)], 6, 0.18, rewards)
 
 
 def swiss_roll(name: str) -> Toy:
-    """2-D: a spiral of one and three quarter turns; one reward pulls to the right, one to a turn on the left."""
+    """2-D: a spiral of one and a quarter turns; one reward pulls to the right, one to a turn on the left."""
 
     def roll(u: Tensor) -> Tensor:
         # uniform along the spiral: arc length grows with the square of the angle
@@ -64,12 +65,11 @@ def swiss_roll(name: str) -> Toy:
 
 
 def checkerboard(name: str) -> Toy:
-    """2-D: the squares of one colour; rewards: east, one bounded bump, and a cross with kinks (no derivative)."""
+    """2-D: the squares of one colour, with soft edges; rewards: east, a bounded bump, and a cross that has kinks."""
 
     def log_density(x: Tensor) -> Tensor:
-        board = torch.sigmoid(12 * torch.sin(math.pi * x / 1.25).prod(-1))
-        window = torch.sigmoid(12 * (2.5 - x.abs())).prod(-1)
-        return (board * window).log()
+        board = logsigmoid(12 * torch.sin(math.pi * x / 1.25).prod(-1))
+        return board + logsigmoid(12 * (2.5 - x.abs())).sum(-1)
 
     prior = GridLaw.from_density(log_density, [-3.2, -3.2], [3.2, 3.2], [129, 129])
     rewards = {

@@ -58,7 +58,7 @@ def run(
     regimes (None where there is none), skipped (what, and why) and figures (their paths).
     """
     toy = get(name)
-    # a grid costs a hundred times a small mixture: fewer samples, so that it takes minutes and not an hour
+    # a grid costs many times a small mixture: fewer samples, so that it takes minutes and not an hour
     budget = Budget(samples if isinstance(toy.prior, GaussianMixture) else max(1, samples // 4), steps, seed)
     training = replace(training or Training(), seed=seed)
     cells = cells or Cells()
@@ -76,7 +76,9 @@ def run(
     if "regimes" not in skipped:
         small = _ensemble(training)
         regimes = regime_map(toy, networks.states[BASE], budget, small, cells, ticks, ticks.training)
-        figures["regimes"] = regime_figure(regimes, LABELS, f"{name}: errors over α and the angle between rewards")
+        figures["regimes"] = regime_figure(
+            regimes, LABELS, f"{name}: errors over α and the angle between rewards, w = {WEIGHT}"
+        )
     folder = Path(out) / name
     paths = {what: str(save(figure, folder / f"{what}.png")) for what, figure in figures.items()}
     result = {
@@ -143,7 +145,7 @@ def _skipped(toy: Toy) -> dict[str, str]:
     if toy.dim != 2:
         skipped["regimes"] = "the angle between two rewards is varied on a plane"
     elif not isinstance(toy.prior, GaussianMixture):
-        skipped["regimes"] = "laws on a grid are too slow for hundreds of draws"
+        skipped["regimes"] = "its hundreds of draws would take too long on a grid"
     return skipped
 
 

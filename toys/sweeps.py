@@ -111,9 +111,9 @@ def dimension_sweep(budget: Budget) -> Sweep:
 
 
 def conflict_sweep(toy: Toy, budget: Budget) -> Sweep:
-    """Along the angle between two linear rewards of equal strength, at w = 0.3."""
-    problems = [conflicting_problem(toy, angle) for angle in ANGLES]
-    fixed = f"linear rewards, w = {WEIGHT}"
+    """Along the angle between two linear rewards of equal strength, at w = 0.3 and half of the toy's alpha."""
+    problems = [conflicting_problem(toy, angle, scale=0.5) for angle in ANGLES]
+    fixed = f"linear rewards, w = {WEIGHT}, α = {0.5 * toy.alpha:g}"
     return _sweep("conflict", "angle between rewards (°)", fixed, ANGLES, problems, budget, SHARED)
 
 
