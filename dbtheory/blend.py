@@ -49,6 +49,19 @@ class AffineBlender(Blender, Protocol):
         ...
 
 
+@runtime_checkable
+class NoisyBlender(Blender, Protocol):
+    """A blender that shapes the noise of its steps as well as their mean."""
+
+    def require_method(self, method: str) -> None:
+        """ValueError where the noise does not belong to this method of the sampler."""
+        ...
+
+    def noise(self, z: Points, own_variance: Tensor | float, x: Points, step: Step) -> Points:
+        """The noise of the step from `x`, by standard normal `z`, where the sampler's own has `own_variance`."""
+        ...
+
+
 @dataclass(frozen=True)
 class MeanBlend:
     """DB-MPA, DB-KLA and both at once: `sum_i c_i prediction_i` with the preference's coefficients.
@@ -65,6 +78,7 @@ class MeanBlend:
 
     def __call__(self, experts: Experts, x: Points, t: Tensor | float, step: Step) -> Points:
         self.preference.validate(experts.names)
+        self.preference.require_rows(len(x), step.progress)
         return weighted_sum(experts, x, t, self.coefficients(step))
 
 
@@ -98,13 +112,12 @@ class SampledBlend:
 
     def __call__(self, experts: Experts, x: Points, t: Tensor | float, step: Step) -> Points:
         self.preference.validate(experts.names)
+        self.preference.require_rows(len(x), step.progress)
         names, probabilities = self._probabilities(experts, step)
         if len(names) == 1:
             return experts.predict(x, t, names)[0]
         if step.phase.shape != x.shape[:1]:
             raise ValueError(f"one phase a sample: {x.shape[0]} samples, phase of shape {tuple(step.phase.shape)}")
-        if (rows := probabilities.shape[-2]) not in (1, len(x)):
-            raise ValueError(f"one preference a sample: {len(x)} samples, received {rows} preferences")
         choice = self.choose(probabilities, step)
         index = torch.tensor([experts.names.index(name) for name in names], device=choice.device)
         return experts.predict_each(x, t, index[choice].to(x.device))

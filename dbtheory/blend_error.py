@@ -17,15 +17,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from dbtheory.conditional import Conditional
-from dbtheory.control import conditionals, each, jensen_gap
+from dbtheory.control import jensen_gap, log_expectation
 from dbtheory.expansion import gap_series
 from dbtheory.law import Law
 from dbtheory.mixture import GaussianMixture
 from dbtheory.preference import BASE, SUM_TOLERANCE
-from dbtheory.reward import QuadraticReward, Reward
+from dbtheory.reward import Reward
 from dbtheory.schedule import NoiseSchedule, Time
-from dbtheory.tilt import Scale, log_normalizer, require_quadratic, tilt
+from dbtheory.tilt import Alpha, require_quadratic, tilt
 
 Coefficients = Mapping[str, float]
 
@@ -41,10 +40,10 @@ def combined_reward(rewards: Mapping[str, Reward], coefficients: Coefficients) -
 
 
 def blend_potential(
-    prior: GaussianMixture,
+    prior: Law,
     rewards: Mapping[str, Reward],
     coefficients: Coefficients,
-    alpha: Scale,
+    alpha: Alpha,
     schedule: NoiseSchedule,
     x: Tensor,
     t: Time,
@@ -55,23 +54,14 @@ def blend_potential(
     scale above 1 with one reward. Raises ValueError as `control`, for names that are not there, and for
     coefficients that do not sum to 1.
     """
-
-    posterior = prior.posterior(schedule, x, t)
-
-    def log_expectation(reward: Reward) -> Tensor:
-        if isinstance(reward, QuadraticReward):
-            return log_normalizer(posterior, reward, alpha)
-        laws, _ = conditionals(prior, reward, alpha, schedule, t, None, None)
-        return each(Conditional.log_expectation, laws(x))
-
-    return _excess(log_expectation, rewards, coefficients)
+    return _excess(lambda reward: log_expectation(prior, reward, alpha, schedule, x, t), rewards, coefficients)
 
 
 def blend_error(
     prior: Law,
     rewards: Mapping[str, Reward],
     coefficients: Coefficients,
-    alpha: Scale,
+    alpha: Alpha,
     schedule: NoiseSchedule,
     x: Tensor,
     t: Time,
@@ -84,10 +74,10 @@ def blend_error(
 
 
 def blend_error_series(
-    prior: GaussianMixture,
+    prior: Law,
     rewards: Mapping[str, Reward],
     coefficients: Coefficients,
-    alpha: Scale,
+    alpha: Alpha,
     schedule: NoiseSchedule,
     x: Tensor,
     t: Time,
@@ -107,7 +97,7 @@ def path_kl(
     prior: Law,
     rewards: Mapping[str, Reward],
     coefficients: Coefficients,
-    alpha: Scale,
+    alpha: Alpha,
     schedule: NoiseSchedule,
     n: int,
     generator: torch.Generator,
@@ -120,8 +110,11 @@ def path_kl(
     at t_start. The expectation is under the exact process, whose marginals are those of the noised target
     `prior e^(r(c)/alpha)/Z`: `n` draws of it at each of `times` Gauss-Legendre nodes. With the KL of the laws at
     t_start added, it bounds the KL of the exact marginal from the blend's at every time. Raises ValueError as
-    `blend_potential`, and as `tilt` where the target does not exist in closed form.
+    `blend_potential`, as `tilt` where the target does not exist in closed form, and for fewer than two draws, which
+    have no standard error.
     """
+    if n < 2:
+        raise ValueError(f"the standard error needs at least two draws, received n = {n}")
     target = tilt(prior, combined_reward(rewards, coefficients), alpha)
     moments = []
     for t, weight in _time_rule(schedule, times):
@@ -139,7 +132,7 @@ def path_kl_on_line(
     prior: GaussianMixture,
     rewards: Mapping[str, Reward],
     coefficients: Coefficients,
-    alpha: Scale,
+    alpha: Alpha,
     schedule: NoiseSchedule,
     *,
     times: int = 32,

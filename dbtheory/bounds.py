@@ -13,7 +13,6 @@ times `t` in (0, 1], a scalar or (n,). It raises ValueError as `jensen_gap`, and
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -28,11 +27,11 @@ from dbtheory.mixture import apply_each
 from dbtheory.reward import QuadraticReward, Reward
 from dbtheory.reward_law import HypothesisError, RewardLaw, derivatives
 from dbtheory.schedule import NoiseSchedule, Time
-from dbtheory.tilt import Scale, require_alpha, whitened_tilt
+from dbtheory.tilt import Alpha, require_alpha, whitened_tilt
 
 
 def covariance_bound(
-    prior: Law, reward: Reward, alpha: Scale, schedule: NoiseSchedule, x: Tensor, t: Time
+    prior: Law, reward: Reward, alpha: Alpha, schedule: NoiseSchedule, x: Tensor, t: Time
 ) -> Float[Tensor, " n"]:
     """`(a/s^2) sqrt(Var(e^R/F - R)) sqrt(lambda_max Cov(x_0|x)) >= |gap|`: Cauchy-Schwarz on the gap's covariance."""
     return _covariance(Given.at(prior, reward, alpha, schedule, x, t))
@@ -61,7 +60,7 @@ class PathwiseLemma:
 
 
 def pathwise_lemma(
-    prior: Law, reward: Reward, alpha: Scale, schedule: NoiseSchedule, x: Tensor, t: Time
+    prior: Law, reward: Reward, alpha: Alpha, schedule: NoiseSchedule, x: Tensor, t: Time
 ) -> PathwiseLemma:
     """The lemma under the quantile coupling in 1-D, and for d > 1 under the affine one, `T_x = mean(x) + root omega`,
     which one Gaussian component has. HypothesisError for other laws, and rewards that are not quadratic, in d > 1.
@@ -141,7 +140,7 @@ class DensityLemma:
 
 
 def density_lemma(
-    prior: Law, reward: Reward, alpha: Scale, schedule: NoiseSchedule, x: Tensor, t: Time
+    prior: Law, reward: Reward, alpha: Alpha, schedule: NoiseSchedule, x: Tensor, t: Time
 ) -> DensityLemma:
     """The lemma for linear rewards in any dimension, and in 1-D for strictly monotone ones under which p_R, r p_R and
     e^r p_R vanish at both ends of R's support; HypothesisError for any other."""
@@ -184,7 +183,7 @@ class PrintedLemma2:
 def lemma_2_as_printed(
     prior: Law,
     reward: Reward,
-    alpha: Scale,
+    alpha: Alpha,
     schedule: NoiseSchedule,
     x: Tensor,
     t: Time,
@@ -227,7 +226,7 @@ def _largest_within(values: Tensor, distance: Tensor, reach: Tensor) -> Tensor:
 
 
 def all_bounds(
-    prior: Law, reward: Reward, alpha: Scale, schedule: NoiseSchedule, x: Tensor, t: Time
+    prior: Law, reward: Reward, alpha: Alpha, schedule: NoiseSchedule, x: Tensor, t: Time
 ) -> dict[str, Float[Tensor, " n"]]:
     """Every bound that applies, by name; "Lemma 2, 3 sd" is the printed one over three standard deviations of R."""
     return _all_bounds(Given.at(prior, reward, alpha, schedule, x, t))
@@ -247,24 +246,8 @@ def _all_bounds(given: Given) -> dict[str, Tensor]:
 
 
 def tightness(
-    prior: Law, reward: Reward, alpha: Scale, schedule: NoiseSchedule, x: Tensor, t: Time
+    prior: Law, reward: Reward, alpha: Alpha, schedule: NoiseSchedule, x: Tensor, t: Time
 ) -> dict[str, Float[Tensor, " n"]]:
-    """`bound/|gap|` for every bound of `all_bounds`: 1 is tight, below 1 would be a violation."""
-    given = Given.at(prior, reward, alpha, schedule, x, t)
-    gap = _pathwise(given).identity if given.prior.dim == 1 else _gap(given)  # the identity keeps its digits as t -> 0
-    return {name: bound / gap.norm(dim=-1) for name, bound in _all_bounds(given).items()}
-
-
-def lemma_2_profile(
-    prior: Law, reward: Reward, alphas: Sequence[float], schedule: NoiseSchedule, x: Tensor, times: Tensor
-) -> dict[str, Float[Tensor, "alphas k"]]:
-    """|gap|, L1, L2, L3 (three standard deviations) and every bound for each alpha and time: Remark 4's quantities.
-
-    `x` (k, 1) holds the point at each of the times (k,), in (0, 1]; the reward is as in `lemma_2_as_printed`.
-    """
-    rows: list[dict[str, Tensor]] = []
-    for alpha in alphas:
-        given = Given.at(prior, reward, alpha, schedule, x, times)
-        printed, gap = _printed(given), _pathwise(given).identity.abs().squeeze(-1)
-        rows.append({"gap": gap, "L1": printed.L1, "L2": printed.L2, "L3": printed.L3} | _all_bounds(given))
-    return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+    """`bound/|gap|` for every bound of `all_bounds`, side by side: 1 is tight, below 1 would be a violation."""
+    gap = jensen_gap(prior, reward, alpha, schedule, x, t).norm(dim=-1)
+    return {name: bound / gap for name, bound in all_bounds(prior, reward, alpha, schedule, x, t).items()}

@@ -1,7 +1,7 @@
 """The clean sample given the noisy one, under the prior and under its tilt (MATH.md 3).
 
 Everything is in the coordinates of the control, `y = (alpha_t/sigma_t^2) (x_0 - E[x_0|x])`. Where `x_0` is
-`mean_k + root_k zeta` in component k, `y = centre_k + spread_k zeta`, and by Tweedie's formula centre_k is
+`mean_k + root_k zeta` in component k, `y = centre_k + root_y_k zeta`, and by Tweedie's formula centre_k is
 component k's score minus the mixture's. So no digits cancel as `sigma_t -> 0`, where `alpha_t/sigma_t^2`
 grows without bound.
 """
@@ -21,7 +21,7 @@ from dbtheory.mixture import GaussianMixture, apply_each
 from dbtheory.quadrature import gauss_hermite, lattice
 from dbtheory.reward import QuadraticReward, Reward, SmoothReward
 from dbtheory.schedule import NoiseSchedule, Time, as_time
-from dbtheory.tilt import Scale, log_normalizer, require_alpha, require_quadratic, whitened_tilt
+from dbtheory.tilt import Alpha, log_normalizer, require_alpha, require_quadratic, whitened_tilt
 
 Rule = Literal["quadrature", "grid"]
 _RULES = {"quadrature": gauss_hermite, "grid": lattice}
@@ -32,7 +32,7 @@ def noise_ratio(schedule: NoiseSchedule, t: Time) -> Tensor:
     """`alpha_t / sigma_t^2`, shaped like `t`; ValueError at a time without noise."""
     variance = schedule.variance(t)
     if bool((variance <= 0).any()):
-        raise ValueError(f"the control needs noise: t must be in (0, 1], got {t}")
+        raise ValueError(f"at a time without noise the posterior is a point: t must be in (0, 1], got {t}")
     return schedule.alpha(t) / variance
 
 
@@ -43,7 +43,7 @@ class Conditional:
     posterior: GaussianMixture
     reward: Reward
     centres: Tensor  # (n, K, d)
-    spread: Tensor  # (..., K, d, d)
+    root_y: Tensor  # (..., K, d, d)
     rule: Rule
     order: int  # of the rule
 
@@ -52,30 +52,31 @@ class Conditional:
         cls,
         prior: GaussianMixture,
         reward: Reward,
-        alpha: Scale,
+        alpha: Alpha,
         schedule: NoiseSchedule,
         x: Tensor,
         t: Time,
         rule: Rule,
         order: int,
     ) -> Conditional:
-        """The conditional law at the points `x` (n, d). Raises as `tilt`, where the target does not exist."""
-        if isinstance(reward, QuadraticReward):
-            whitened_tilt(prior, reward, alpha)
+        """The conditional law at the points `x` (n, d), be there a target or not.
+
+        ValueError for a time without noise, an alpha that is not positive, and points of another shape.
+        """
         ratio = noise_ratio(schedule, as_time(t)).to(prior.means)
         posterior = prior.posterior(schedule, x, t)
         scores = prior.noised(schedule, t).component_scores(x)
         mean_score = (posterior.weights.unsqueeze(-1) * scores).sum(-2, keepdim=True)
-        spread = (ratio.reshape(-1, 1, 1, 1) if ratio.ndim else ratio) * posterior.root
+        root_y = (ratio.reshape(-1, 1, 1, 1) if ratio.ndim else ratio) * posterior.root
         scaled = reward.to(prior.means) * (1 / require_alpha(alpha))
-        return cls(posterior, scaled, scores - mean_score, spread, rule, order)
+        return cls(posterior, scaled, scores - mean_score, root_y, rule, order)
 
     @classmethod
     def in_chunks(
         cls,
         prior: GaussianMixture,
         reward: Reward,
-        alpha: Scale,
+        alpha: Alpha,
         schedule: NoiseSchedule,
         x: Tensor,
         t: Time,
@@ -85,7 +86,8 @@ class Conditional:
         """The same for a few points after another, so that the nodes of all points never stand in memory."""
         x, times = prior.noised(schedule, t).require_points(x), as_time(t)
         nodes = order ** dimensions(reward, prior.dim)
-        rows = max(1, _CHUNK_ENTRIES // max(1, nodes * prior.means.numel()))
+        # closed forms have a matrix for each point and component in place of the nodes
+        rows = max(1, _CHUNK_ENTRIES // max(1, max(nodes, prior.dim) * prior.means.numel()))
         for i in range(0, max(1, len(x)), rows):
             mine = times[i : i + rows] if times.ndim else times
             yield cls.at(prior, reward, alpha, schedule, x[i : i + rows], mine, rule, order)
@@ -96,14 +98,14 @@ class Conditional:
         """`Cov(e^R/F, y) = E[e^R y]/F`, the mean of y under the tilted posterior."""
         tilted = whitened_tilt(self.posterior, self.reward, 1)
         shares = (self.posterior.log_weights + tilted.log_normalizer).softmax(-1)
-        return self._sum_components(shares, apply_each(self.spread, tilted.shift))
+        return self._sum_components(shares, apply_each(self.root_y, tilted.shift))
 
     def reward_covariance(self) -> Float[Tensor, "n d"]:
         """`Cov(R, y)`: within each component by Stein's lemma, between them by their expected rewards."""
         reward = require_quadratic(self.reward, self.posterior.dim)
         weights, values = self.posterior.weights, self._component_rewards(reward)
         slopes = apply_each(self.posterior.root.mT, reward.gradient(self.posterior.means))
-        within = (weights.unsqueeze(-1) * apply_each(self.spread, slopes)).sum(-2)
+        within = (weights.unsqueeze(-1) * apply_each(self.root_y, slopes)).sum(-2)
         excess = values - (weights * values).sum(-1, keepdim=True)
         return within + ((weights * excess).unsqueeze(-1) * self.centres).sum(-2)
 
@@ -140,10 +142,11 @@ class Conditional:
         """`log E[e^R | x] - E[R | x] >= 0`, whose gradient is the gap."""
         return self.log_expectation() - self.expectation()
 
-    def reward_rule(self) -> tuple[Float[Tensor, "n nodes"], Float[Tensor, "n nodes"]]:
-        """Log weights and R at the nodes of the rule, for any other expectation of a function of R."""
-        _, log_weights, reward = self._nodes
-        return log_weights.flatten(1), reward.flatten(1)
+    def reward_rule(self) -> tuple[Float[Tensor, "n nodes"], Float[Tensor, "n nodes"], Float[Tensor, "n nodes d"]]:
+        """Log weights, R and y at the nodes of the rule, for any other expectation of `f(R)` or of `f(R) y`."""
+        zeta, log_weights, reward = self._nodes
+        y = self.centres.unsqueeze(-2) + zeta @ self.root_y.mT
+        return log_weights.flatten(1), reward.flatten(1), y.flatten(1, 2)
 
     def _component_rewards(self, reward: QuadraticReward) -> Tensor:
         """`E_k[R]`, (n, K)."""
@@ -186,12 +189,15 @@ class Conditional:
 
     def _reward_at(self, zeta: Tensor) -> Tensor:
         x0 = self.posterior.means.unsqueeze(-2) + zeta @ self.posterior.root.mT
-        return self.reward(x0)
+        values = self.reward(x0)
+        if not bool(values.isfinite().all()):
+            raise ValueError("the reward is NaN or infinite where the posterior has mass; bound it, e.g. by clamp")
+        return values
 
     def _sum_nodes(self, shares: Tensor, zeta: Tensor) -> Tensor:
         """Sum of shares times y over components and nodes; shares (n, K, m) may be signed."""
         totals = shares.sum(-1, keepdim=True)
-        within = apply_each(self.spread, (shares.unsqueeze(-1) * zeta).sum(-2))
+        within = apply_each(self.root_y, (shares.unsqueeze(-1) * zeta).sum(-2))
         return (totals * self.centres + within).sum(-2)
 
     def _sum_components(self, shares: Tensor, offsets: Tensor) -> Tensor:

@@ -37,7 +37,7 @@ from dbtheory.law import Law
 from dbtheory.mixture import GaussianMixture
 from dbtheory.reward import QuadraticReward, Reward, SmoothReward
 from dbtheory.schedule import NoiseSchedule, Time
-from dbtheory.tilt import Scale, require_quadratic, tilt
+from dbtheory.tilt import Alpha, require_quadratic, tilt, whitened_tilt
 
 Route = Literal["closed", "quadrature", "grid", "autograd"]
 _GAUSS_HERMITE_ORDER = 24
@@ -47,7 +47,7 @@ _LATTICE_ORDER = {1: 2048, 2: 128}
 def control(
     prior: Law,
     reward: Reward,
-    alpha: Scale,
+    alpha: Alpha,
     schedule: NoiseSchedule,
     x: Tensor,
     t: Time,
@@ -70,13 +70,13 @@ def control(
         return target.noised(schedule, t).score(x) - prior.noised(schedule, t).score(x)
     if route == "autograd":
         return _gradient(Conditional.log_expectation, laws, x, prior)
-    return each(Conditional.tilted_mean_by_quadrature, laws(x))
+    return over_chunks(Conditional.tilted_mean_by_quadrature, laws(x))
 
 
 def jensen_control(
     prior: Law,
     reward: Reward,
-    alpha: Scale,
+    alpha: Alpha,
     schedule: NoiseSchedule,
     x: Tensor,
     t: Time,
@@ -90,14 +90,15 @@ def jensen_control(
     laws, route = conditionals(prior, reward, alpha, schedule, t, route, order)
     if route == "autograd":
         return _gradient(Conditional.expectation, laws, x, prior)
-    closed = route == "closed"
-    return each(Conditional.reward_covariance if closed else Conditional.reward_covariance_by_quadrature, laws(x))
+    if route == "closed":
+        return over_chunks(Conditional.reward_covariance, laws(x))
+    return over_chunks(Conditional.reward_covariance_by_quadrature, laws(x))
 
 
 def jensen_gap(
     prior: Law,
     reward: Reward,
-    alpha: Scale,
+    alpha: Alpha,
     schedule: NoiseSchedule,
     x: Tensor,
     t: Time,
@@ -105,8 +106,7 @@ def jensen_gap(
     route: str | None = None,
     order: int | None = None,
 ) -> Float[Tensor, "n d"]:
-    """`Cov(e^R/F - R, x_0)` scaled, (n, d): equals `control - jensen_control`; arguments and errors as
-    `control`.
+    """`Cov(e^R/F - R, x_0)` scaled, (n, d): equals `control - jensen_control`; arguments and errors as `control`.
 
     The closed route never forms the target: it tilts the posterior, where `control` noises the tilted prior.
     That the two agree is Proposition 1.
@@ -118,8 +118,18 @@ def jensen_gap(
     if route == "autograd":
         return _gradient(Conditional.log_jensen_ratio, laws, x, prior)
     if route == "closed":
-        return each(lambda law: law.tilted_mean() - law.reward_covariance(), laws(x))
-    return each(lambda law: law.tilted_mean_by_quadrature() - law.reward_covariance_by_quadrature(), laws(x))
+        return over_chunks(lambda law: law.tilted_mean() - law.reward_covariance(), laws(x))
+    return over_chunks(lambda law: law.tilted_mean_by_quadrature() - law.reward_covariance_by_quadrature(), laws(x))
+
+
+def log_expectation(
+    prior: Law, reward: Reward, alpha: Alpha, schedule: NoiseSchedule, x: Tensor, t: Time
+) -> Float[Tensor, " n"]:
+    """`log E[e^R | x_t = x]`, whose gradient is the control, by the route that is chosen; errors as `control`."""
+    if isinstance(prior, GridLaw):
+        return _on_grid(prior, reward, alpha, schedule, x, t, None).log_expectation()
+    laws, _ = conditionals(prior, reward, alpha, schedule, t, None, None)
+    return over_chunks(Conditional.log_expectation, laws(x))
 
 
 def chosen_route(prior: Law, reward: Reward) -> Route:
@@ -147,7 +157,7 @@ def default_order(route: str, reward: Reward, dim: int) -> int:
 def conditionals(
     prior: Law,
     reward: Reward,
-    alpha: Scale,
+    alpha: Alpha,
     schedule: NoiseSchedule,
     t: Time,
     route: str | None,
@@ -158,8 +168,12 @@ def conditionals(
     noise_ratio(schedule, t)
     if not isinstance(prior, GaussianMixture):
         raise ValueError(f"the control needs a GaussianMixture or a GridLaw as prior, got {type(prior).__name__}")
+    if isinstance(reward, QuadraticReward):
+        whitened_tilt(prior, reward, alpha)  # raises where the target does not exist
     if chosen == "closed":
         require_quadratic(reward, prior.dim)
+    if chosen == "closed" or (chosen == "autograd" and isinstance(reward, QuadraticReward)):
+        order = 1  # closed forms use no rule, whose nodes would only make the chunks small
     nodes = default_order(chosen, reward, prior.dim) if order is None else order
     rule: Literal["quadrature", "grid"] = "grid" if chosen == "grid" else "quadrature"
 
@@ -169,7 +183,7 @@ def conditionals(
     return laws, chosen
 
 
-def each(quantity: Callable[[Conditional], Tensor], laws: Iterator[Conditional]) -> Tensor:
+def over_chunks(quantity: Callable[[Conditional], Tensor], laws: Iterator[Conditional]) -> Tensor:
     """One quantity of every chunk of points, put together."""
     return torch.cat([quantity(law) for law in laws])
 
@@ -184,7 +198,7 @@ def _known(route: str | None) -> Route | None:
 
 
 def _on_grid(
-    prior: GridLaw, reward: Reward, alpha: Scale, schedule: NoiseSchedule, x: Tensor, t: Time, route: str | None
+    prior: GridLaw, reward: Reward, alpha: Alpha, schedule: NoiseSchedule, x: Tensor, t: Time, route: str | None
 ) -> GridConditional:
     noise_ratio(schedule, t)
     if _known(route) not in (None, "grid"):
@@ -200,5 +214,5 @@ def _gradient(
 ) -> Tensor:
     with torch.enable_grad():
         points = x.detach().to(prior.mean).requires_grad_(True)
-        (gradient,) = torch.autograd.grad(each(quantity, laws(points)).sum(), points)
+        (gradient,) = torch.autograd.grad(over_chunks(quantity, laws(points)).sum(), points)
     return gradient

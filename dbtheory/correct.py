@@ -104,6 +104,9 @@ class Particles:
         correction: FeynmanKac | None,
         trace: Trace | None,
     ) -> None:
+        for what, given, kind in (("correct", correction, FeynmanKac), ("trace", trace, Trace)):
+            if given is not None and not isinstance(given, kind):
+                raise ValueError(f"{what} must be a {kind.__name__}, received {given!r}; e.g. {what}={kind.__name__}()")
         if not isinstance(blender, AffineBlender):
             raise ValueError(
                 f"Feynman-Kac weights need an affine combination of experts, received {type(blender).__name__}; "
@@ -121,7 +124,7 @@ class Particles:
 
     def blend(self, x: Points, step: Step) -> Points:
         """The blender's prediction at `x`, by the evaluations that also weigh the samples."""
-        self._require_one_target(self.blender.coefficients(step))
+        self.coefficients = self._one_target(self.blender.coefficients(step))
         active = active_names(self.experts, self.coefficients)
         c = [self.coefficients[name] for name in active]
         predictions = self.experts.predict(x, step.t, active)
@@ -155,7 +158,8 @@ class Particles:
             return False
         return step.index == step.count - 1 or effective_size(self.log_weights) < self.correction.ess
 
-    def _require_one_target(self, coefficients: Mapping[str, Amount]) -> None:
+    def _one_target(self, coefficients: Mapping[str, Amount]) -> dict[str, float]:
+        """The same, as numbers; ValueError unless every sample and every step has these, and experts for them."""
         if any(isinstance(c, Tensor) for c in coefficients.values()):
             raise ValueError(
                 "resampling mixes the samples of a call, so they must share one target, received one preference a "
@@ -169,7 +173,7 @@ class Particles:
         missing = [name for name, c in coefficients.items() if c != 0 and name not in self.experts.names]
         if missing:
             raise ValueError(f"the blend needs experts {missing}; the experts are {list(self.experts.names)}")
-        self.coefficients = {name: c for name, c in coefficients.items() if not isinstance(c, Tensor)}
+        return {name: c for name, c in coefficients.items() if not isinstance(c, Tensor)}
 
 
 def score_variance(

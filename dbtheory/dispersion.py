@@ -15,13 +15,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 from dbtheory.conditional import Conditional, dimensions, noise_ratio
-from dbtheory.control import conditionals, each
+from dbtheory.control import conditionals, over_chunks
 from dbtheory.coupling import Line, tilt_spread
 from dbtheory.law import Law
-from dbtheory.mixture import GaussianMixture, apply_each
+from dbtheory.mixture import GaussianMixture
+from dbtheory.quadratic_cumulants import QuadraticCumulants
 from dbtheory.reward import QuadraticReward, Reward
 from dbtheory.schedule import NoiseSchedule, Time, as_time
-from dbtheory.tilt import Scale, require_alpha, whitened_tilt
+from dbtheory.tilt import Alpha, require_alpha, whitened_tilt
 
 # Below this share of the terms that make up a closed variance, a rule of at most so many nodes replaces it.
 _FEWEST_KEPT, _MOST_NODES = 1e-5, 5e4
@@ -33,18 +34,20 @@ class Given:
 
     prior: GaussianMixture
     reward: Reward
-    alpha: Scale
+    alpha: Alpha
     schedule: NoiseSchedule
     x: Tensor
     t: Time
 
     @classmethod
-    def at(cls, prior: Law, reward: Reward, alpha: Scale, schedule: NoiseSchedule, x: Tensor, t: Time) -> Given:
+    def at(cls, prior: Law, reward: Reward, alpha: Alpha, schedule: NoiseSchedule, x: Tensor, t: Time) -> Given:
         """ValueError for a prior that is no Gaussian mixture; what else is wrong is found on use."""
         if not isinstance(prior, GaussianMixture):
             raise ValueError(
                 f"the bounds need a GaussianMixture as prior, got {type(prior).__name__}; use a dense mixture"
             )
+        if not len(x):
+            raise ValueError("the bounds need at least one point, got none")
         return cls(prior, reward, alpha, schedule, x, t)
 
     @cached_property
@@ -95,60 +98,8 @@ class Given:
 
     def _spread_by_rule(self, c: float, route: str | None, order: int | None) -> Tensor:
         def of(law: Conditional) -> Tensor:
-            log_weights, reward = law.reward_rule()
+            log_weights, reward, _ = law.reward_rule()
             return tilt_spread(log_weights, reward - (log_weights + reward).logsumexp(-1, keepdim=True), c)
 
         laws, _ = conditionals(self.prior, self.reward, self.alpha, self.schedule, self.t, route, order)
-        return each(of, laws(self.x))
-
-
-@dataclass(frozen=True)
-class QuadraticCumulants:
-    """`K(p) = log E[e^(p (R - R(mean)))]` of a quadratic R, by components, in axes where its curvature is diagonal.
-
-    Component k gives `p excess_k + sum_i [p^2 slope_i^2/(1 + p curvature_i) - log(1 + p curvature_i)]/2`.
-    """
-
-    log_weights: Float[Tensor, "n K"]
-    excess: Float[Tensor, "n K"]  # R at the component's mean less R at the mixture's
-    slopes: Float[Tensor, "n K d"]
-    curvatures: Float[Tensor, "*n K d"]
-
-    @classmethod
-    def of(cls, posterior: GaussianMixture, reward: QuadraticReward) -> QuadraticCumulants:
-        root, mean = posterior.root, posterior.mean.unsqueeze(-2)
-        curvatures, axes = torch.linalg.eigh(root.mT @ reward.Q @ root)
-        gradients = reward.gradient(posterior.means)
-        # a quadratic's rise is its mean gradient times the way: no digits of R cancel
-        excess = (0.5 * (gradients + reward.gradient(mean)) * (posterior.means - mean)).sum(-1)
-        slopes = apply_each(axes.mT, apply_each(root.mT, gradients))
-        return cls(posterior.log_weights, excess, slopes, curvatures)
-
-    def at(self, p: float) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"]]:
-        """`K(p)` and `K'(p)`; ValueError where `E[e^(pR)]` is infinite."""
-        scale = 1 + p * self.curvatures
-        if bool((scale <= 0).any()):
-            raise ValueError(
-                f"E[e^({p:g} R) | x] is infinite: a component's precision + {p:g} Q/alpha is not positive definite; "
-                "raise alpha or use a reward that grows more slowly"
-            )
-        squares = self.slopes.square()
-        values = p * self.excess + 0.5 * (p**2 * squares / scale - (p * self.curvatures).log1p()).sum(-1)
-        rates = p * squares * (1 + scale) / scale.square() - self.curvatures / scale
-        shares = (self.log_weights + values).softmax(-1)
-        return (self.log_weights + values).logsumexp(-1), (shares * (self.excess + 0.5 * rates.sum(-1))).sum(-1)
-
-    def variance(self) -> Float[Tensor, " n"]:
-        """`K''(0) = Var(R)`, within plus between the components."""
-        means = self.excess - 0.5 * self.curvatures.sum(-1)
-        within = (self.slopes.square() + 0.5 * self.curvatures.square()).sum(-1)
-        weights = self.log_weights.exp()
-        between = means - (weights * means).sum(-1, keepdim=True)
-        return (weights * (within + between.square())).sum(-1)
-
-    def spread(self, c: float) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"]]:
-        """`sd(e^R/F - c R)`, and its square's share of the terms that make it up: the digits that are kept."""
-        (first, slope), (second, _), (_, mean) = self.at(1.0), self.at(2.0), self.at(0.0)
-        tilted, linear = (second - 2 * first).expm1(), c**2 * self.variance()
-        square = (tilted - 2 * c * (slope - mean) + linear).clamp_min(0)
-        return square.sqrt(), square / torch.maximum(tilted, linear)
+        return over_chunks(of, laws(self.x))

@@ -16,7 +16,7 @@ from dbtheory.grid_conditional import GridConditional
 from dbtheory.law import Law
 from dbtheory.reward import Reward
 from dbtheory.schedule import NoiseSchedule, Time
-from dbtheory.tilt import Scale
+from dbtheory.tilt import Alpha
 
 
 @dataclass(frozen=True)
@@ -33,9 +33,9 @@ class Estimate:
     order: int | None
     """Nodes along each dimension; None for a closed form."""
     error: float
-    """The largest absolute error over points, coordinates and the five quantities, each in its own unit: how far the
-    values move when the nodes along each dimension are doubled. For a closed form, how far the target's score
-    minus the prior's is from the sum of the two covariances."""
+    """An estimate of the largest absolute error over points, coordinates and the five quantities, each in its own unit:
+    how far the values move when the nodes along each dimension are doubled. A reward that jumps may err a few times
+    more. For a closed form, how far the target's score minus the prior's is from the sum of the two covariances."""
 
 
 _Values = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -44,7 +44,7 @@ _Values = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 def estimate(
     prior: Law,
     reward: Reward,
-    alpha: Scale,
+    alpha: Alpha,
     schedule: NoiseSchedule,
     x: Tensor,
     t: Time,
@@ -86,7 +86,7 @@ def _rule_values(law: Conditional) -> _Values:
     return u, ubar, u - ubar, law.log_expectation(), law.expectation()
 
 
-def _grid_values(prior: GridLaw, reward: Reward, alpha: Scale, schedule: NoiseSchedule, x: Tensor, t: Time) -> _Values:
+def _grid_values(prior: GridLaw, reward: Reward, alpha: Alpha, schedule: NoiseSchedule, x: Tensor, t: Time) -> _Values:
     law = GridConditional.at(prior, reward, alpha, schedule, x, t)
     u, ubar = law.control(), law.jensen_control()
     return u, ubar, u - ubar, law.log_expectation(), law.expectation()

@@ -12,15 +12,16 @@ from __future__ import annotations
 from math import comb, factorial
 
 import torch
-from jaxtyping import Complex, Float
+from jaxtyping import Float
 from torch import Tensor
 
-from dbtheory.conditional import noise_ratio
-from dbtheory.mixture import GaussianMixture, apply_each
-from dbtheory.quadrature import gauss_hermite
+from dbtheory.conditional import Conditional
+from dbtheory.law import Law
+from dbtheory.mixture import GaussianMixture
+from dbtheory.quadratic_cumulants import QuadraticCumulants
 from dbtheory.reward import QuadraticReward, Reward
-from dbtheory.schedule import NoiseSchedule, Time, as_time
-from dbtheory.tilt import Scale, require_alpha, require_quadratic
+from dbtheory.schedule import NoiseSchedule, Time
+from dbtheory.tilt import Alpha, require_alpha, require_quadratic
 
 NODES = 24  # Gauss-Hermite nodes a coordinate where the reward is not quadratic
 SEARCH = 12.0  # how far singularities are looked for, in units of 1/sd(R)
@@ -28,22 +29,22 @@ ARC = 256  # angles on a half circle that resolve the phase of E[e^(zR)] there
 
 
 def reward_cumulants(
-    prior: GaussianMixture,
+    prior: Law,
     reward: Reward,
-    alpha: Scale,
+    alpha: Alpha,
     schedule: NoiseSchedule,
     x: Tensor,
     t: Time,
     *,
     order: int = 4,
-    nodes: int | None = None,
 ) -> Float[Tensor, "order n"]:
     """`kappa_1 .. kappa_order` of `R = reward/alpha` given `x_t = x` (n, d), t in (0, 1] a scalar or (n,).
 
-    By Gauss-Hermite on each posterior component with `nodes` points a coordinate; by default as many as make a
-    quadratic reward exact, 24 for any other. Raises ValueError as `control`, and for an order below 1.
+    By Gauss-Hermite on each posterior component, with as many nodes a coordinate as make a quadratic reward exact and
+    24 for any other. They exist whether or not the tilt by R does. Raises ValueError for an alpha that is not
+    positive, a time without noise, points of another shape, an order below 1, and a prior that is no Gaussian mixture.
     """
-    weights, values, _ = _posterior_rule(prior, reward, alpha, schedule, x, t, order, nodes)
+    weights, values, _ = _posterior_rule(prior, reward, alpha, schedule, x, t, order)
     mean = (weights * values).sum(-1)
     if order == 1:
         return mean[None]
@@ -51,15 +52,14 @@ def reward_cumulants(
 
 
 def gap_series(
-    prior: GaussianMixture,
+    prior: Law,
     reward: Reward,
-    alpha: Scale,
+    alpha: Alpha,
     schedule: NoiseSchedule,
     x: Tensor,
     t: Time,
     *,
     order: int = 4,
-    nodes: int | None = None,
 ) -> Float[Tensor, "terms n d"]:
     """The gap's terms `grad_x kappa_k(R | x_t = x)/k!`, k = 2 .. order, each of size alpha^-k (MATH.md 3).
 
@@ -69,52 +69,44 @@ def gap_series(
     """
     if order < 2:
         raise ValueError(f"the gap's series starts at order 2, received order {order}")
-    weights, values, offsets = _posterior_rule(prior, reward, alpha, schedule, x, t, order, nodes)
+    weights, values, offsets = _posterior_rule(prior, reward, alpha, schedule, x, t, order)
     gradients = _joint_cumulants(weights, values, offsets, order)[1:]
     return torch.stack([gradient / float(factorial(k)) for k, gradient in enumerate(gradients, start=2)])
 
 
 def convergence_radius(
-    prior: GaussianMixture, reward: Reward, alpha: Scale, schedule: NoiseSchedule, x: Tensor, t: Time
+    prior: Law, reward: Reward, alpha: Alpha, schedule: NoiseSchedule, x: Tensor, t: Time
 ) -> Float[Tensor, " n"]:
     """Distance from z = 0 of the nearest complex singularity of `log E[e^(zR) | x_t = x]`, to a relative 1e-4.
 
-    inf where there is none within 12/sd(R|x). Raises ValueError as `control`, and for a reward that is not
+    inf where there is none within 12/sd(R|x). Raises ValueError as `reward_cumulants`, and for a reward that is not
     quadratic.
     """
-    scaled = require_quadratic(reward, prior.dim).to(prior.means) * (1 / require_alpha(alpha))
-    posterior = prior.posterior(schedule, x, t)
+    posterior = _require_mixture(prior).posterior(schedule, x, t)
+    scaled = require_quadratic(reward, prior.dim).to(posterior.means) * (1 / require_alpha(alpha))
+    law = QuadraticCumulants.of(posterior, scaled)
     # by few points, for the tables are large: (points, components, angles, d)
-    pieces = zip(*(part.split(64) for part in _component_laws(posterior, scaled)), strict=True)
-    return torch.cat([_nearest_singularity(*piece) for piece in pieces])
+    return torch.cat([_nearest_singularity(piece) for piece in law.split(64)])
 
 
 def _posterior_rule(
-    prior: GaussianMixture,
-    reward: Reward,
-    alpha: Scale,
-    schedule: NoiseSchedule,
-    x: Tensor,
-    t: Time,
-    order: int,
-    nodes: int | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """At the nodes: weights (n, m), R (n, m), and `y = (a/s^2) x_0` (n, m, d) up to a constant."""
+    prior: Law, reward: Reward, alpha: Alpha, schedule: NoiseSchedule, x: Tensor, t: Time, order: int
+) -> tuple[Float[Tensor, "n m"], Float[Tensor, "n m"], Float[Tensor, "n m d"]]:
+    """Weights, R and `y = (a/s^2) x_0` up to a constant, at the nodes. Cumulants exist where a tilt does not."""
     if order < 1:
         raise ValueError(f"the order of a cumulant is at least 1, received {order}")
-    if nodes is None:
-        # R^order y has degree 2 order + 1, which order + 1 nodes integrate exactly
-        nodes = order + 1 if isinstance(reward, QuadraticReward) else NODES
-    posterior = prior.posterior(schedule, x, t)
-    points, log_weights = gauss_hermite(nodes, prior.dim, prior.means)
-    offsets = points @ posterior.root.mT
-    values = reward.to(points)(posterior.means.unsqueeze(-2) + offsets) / require_alpha(alpha)
-    # y by Tweedie's formula: its mean in a component is that component's score, but for a common constant
-    ratio = noise_ratio(schedule, as_time(t)).to(points)
-    scores = prior.noised(schedule, t).component_scores(x)
-    y = scores.unsqueeze(-2) + (ratio.reshape(-1, 1, 1, 1) if ratio.ndim else ratio) * offsets
-    weights = (posterior.log_weights.unsqueeze(-1) + log_weights).exp()
-    return weights.flatten(1), values.flatten(1), y.flatten(1, 2)
+    # R^order y has degree 2 order + 1, which order + 1 nodes integrate exactly
+    nodes = order + 1 if isinstance(reward, QuadraticReward) else NODES
+    mixture = _require_mixture(prior)
+    law = Conditional.at(mixture, reward, alpha, schedule, x, t, "quadrature", nodes)
+    log_weights, values, y = law.reward_rule()
+    return log_weights.exp(), values, y
+
+
+def _require_mixture(prior: Law) -> GaussianMixture:
+    if not isinstance(prior, GaussianMixture):
+        raise ValueError(f"cumulants need a GaussianMixture as prior, got {type(prior).__name__}; use a dense mixture")
+    return prior
 
 
 def _joint_cumulants(weights: Tensor, values: Tensor, offsets: Tensor, order: int) -> Float[Tensor, "order n d"]:
@@ -136,41 +128,15 @@ def _joint_cumulants(weights: Tensor, values: Tensor, offsets: Tensor, order: in
     return torch.stack(cumulants)
 
 
-def _component_laws(posterior: GaussianMixture, scaled: QuadraticReward) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """R in each component is `value + slopes'z - 1/2 z' diag(curvatures) z`, z ~ N(0, I), up to a common constant:
-    log weights and values (n, K), slopes and curvatures (n, K, d)."""
-    root = posterior.root
-    curvatures, axes = torch.linalg.eigh(root.mT @ scaled.Q @ root)
-    slopes = apply_each(axes.mT, apply_each(root.mT, scaled.gradient(posterior.means)))
-    values = scaled(posterior.means)
-    mean = (posterior.weights * (values - 0.5 * curvatures.sum(-1))).sum(-1, keepdim=True)
-    return posterior.log_weights, values - mean, slopes, curvatures.expand_as(slopes)
-
-
-def _nearest_singularity(log_weights: Tensor, values: Tensor, slopes: Tensor, curvatures: Tensor) -> Tensor:
+def _nearest_singularity(law: QuadraticCumulants) -> Float[Tensor, " n"]:
     """By bisection: the disc below the nearest branch point, where `E[e^(zR)]` is analytic, holds a zero or none."""
-    within = (slopes.square() + 0.5 * curvatures.square()).sum(-1) + (values - 0.5 * curvatures.sum(-1)).square()
-    deviation = (log_weights.exp() * within).sum(-1).sqrt()
-    limit = SEARCH / deviation.clamp_min(1e-6)
-    low, high = torch.zeros_like(limit), torch.minimum(limit, 1 / curvatures.abs().flatten(1).amax(-1))
+    limit = SEARCH / law.variance().sqrt().clamp_min(1e-6)
+    low, high = torch.zeros_like(limit), torch.minimum(limit, 1 / law.curvatures.abs().flatten(1).amax(-1))
     angles = torch.linspace(0, torch.pi, ARC + 1).to(limit)
     for _ in range(20):
         radius = 0.5 * (low + high)
-        values_on_arc = _generating_function(
-            radius.unsqueeze(-1) * torch.exp(1j * angles), log_weights, values, slopes, curvatures
-        )
+        values_on_arc = law.generating_function(radius.unsqueeze(-1) * torch.exp(1j * angles))
         # Argument principle: zeros come in conjugate pairs, each of which turns the upper half circle by 2 pi.
         turn = (values_on_arc[:, 1:] * values_on_arc[:, :-1].conj()).angle().sum(-1)
         low, high = torch.where(turn > 1, low, radius), torch.where(turn > 1, radius, high)
     return high.masked_fill(high == limit, torch.inf)
-
-
-def _generating_function(
-    z: Complex[Tensor, "n arc"], log_weights: Tensor, values: Tensor, slopes: Tensor, curvatures: Tensor
-) -> Complex[Tensor, "n arc"]:
-    """`E[e^(zR)]` up to a positive factor, in closed form for each component."""
-    z = z[:, None, :, None]
-    stretch = 1 + z * curvatures.unsqueeze(-2)
-    within = (0.5 * z**2 * slopes.unsqueeze(-2).square() / stretch - 0.5 * stretch.log()).sum(-1)
-    logs = log_weights.unsqueeze(-1) + z.squeeze(-1) * values.unsqueeze(-1) + within
-    return (logs - logs.real.amax(1, keepdim=True)).exp().sum(1)

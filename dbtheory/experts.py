@@ -93,7 +93,12 @@ class ExactExperts:
         self, x: Float[Tensor, "n d"], t: Tensor | float, assignment: Int64[Tensor, " n"]
     ) -> Float[Tensor, "n d"]:
         """The assigned expert at each point: one evaluation a point, however many experts there are."""
-        prediction = torch.empty_like(x)
+        if assignment.shape != x.shape[:1] or assignment.is_floating_point():
+            raise ValueError(
+                f"assignment must hold one integer a point: {len(x)} points, received {assignment.dtype} of shape "
+                f"{tuple(assignment.shape)}"
+            )
+        prediction = torch.empty_like(x, dtype=self.dtype)
         used = torch.unique(assignment).tolist()
         if used and not 0 <= used[0] <= used[-1] < len(self.names):
             raise ValueError(f"assignment must index the {len(self.names)} experts {self.names}, received {used}")

@@ -1,4 +1,8 @@
-"""Writing files so that a kill or a full disk never leaves half of one."""
+"""Writing files so that a kill or a full disk never leaves half of one.
+
+It is no theory. It lives in the core because toys, scale and benches all write files, and the core is the one room that
+all of them may import.
+"""
 
 import os
 import tempfile

@@ -24,8 +24,6 @@ def evolve(
     schedule: NoiseSchedule,
     nodes: Float[Tensor, " n"],
     times: Float[Tensor, " k"],
-    *,
-    substeps: int = 2,
 ) -> Float[Tensor, "k n"]:
     """Densities at `nodes` and at each of `times` of the reverse SDE with drift `f x - g^2 score` (MATH.md 1).
 
@@ -33,22 +31,19 @@ def evolve(
     mass: none leaves at their ends. `score` maps points (m, 1) and a time to (m, 1) and is never called at the
     last time. Fluxes of Scharfetter and Gummel (1969) and steps of Burchard, Deleersnijder and Meister (2003), so
     densities are positive, `torch.trapezoid(density, nodes)` is 1 up to rounding, and the error is of second
-    order in the spacing and in the step; each interval of `times` is `substeps` steps.
+    order in the spacing and in the step; each interval of `times` is one step.
 
     Raises:
-        ValueError: nodes that do not increase, times that do not decrease, or no sub-step.
+        ValueError: nodes that do not increase, or times that do not decrease.
     """
-    x, grid = _checked(nodes, times, substeps)
+    x, grid = _checked(nodes, times)
     edges = 0.5 * (x[1:] + x[:-1])
     widths = np.diff(edges, prepend=x[0], append=x[-1])
     density = np.exp(-0.5 * (x / float(schedule.sigma(times[0]))) ** 2)
     densities = [density / (widths @ density)]
     for t, t_next in pairwise(grid):
-        density, h = densities[-1], (t - t_next) / substeps
-        for k in range(substeps):
-            rates = _rates(score, schedule, x, edges, t - (k + 0.5) * h)
-            density = _step(density, rates, widths, h)
-        densities.append(density)
+        rates = _rates(score, schedule, x, edges, 0.5 * (t + t_next))
+        densities.append(_step(densities[-1], rates, widths, t - t_next))
     return torch.from_numpy(np.stack(densities)).to(nodes)
 
 
@@ -90,12 +85,10 @@ def _solve(density: np.ndarray, rates: np.ndarray, widths: np.ndarray, h: float)
     return solved / kept
 
 
-def _checked(nodes: Tensor, times: Tensor, substeps: int) -> tuple[np.ndarray, list[float]]:
+def _checked(nodes: Tensor, times: Tensor) -> tuple[np.ndarray, list[float]]:
     x = nodes.detach().cpu().double()
     if len(x) < 3 or not bool((x.diff() > 0).all()):
         raise ValueError(f"nodes must be at least 3 and increase, got {len(x)} of them; sort them")
     if len(times) < 1 or not bool((times.diff() < 0).all()):
         raise ValueError(f"times must decrease, from noise to data, got {times.tolist()}; flip them")
-    if substeps < 1:
-        raise ValueError(f"substeps must be at least 1, got {substeps}")
     return x.numpy(), times.tolist()

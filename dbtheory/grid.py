@@ -175,8 +175,8 @@ class NoisedGrid:
         rows = len(self.alpha)
         if x.ndim != 2 or x.shape[1] != law.dim or (rows > 1 and len(x) != rows):
             raise ValueError(f"points must be ({rows if rows > 1 else 'n'}, {law.dim}), got shape {tuple(x.shape)}")
-        if bool(x.isnan().any()):
-            raise ValueError("points contain NaN; look for the step that made them")
+        if not bool(x.isfinite().all()):
+            raise ValueError("points contain NaN or infinity; look for the step that made them")
         step = max(1, _CHUNK_ENTRIES // sum(map(len, law.axes)))
         every = [part.expand(len(x), -1).split(step) for part in (x.to(law.spacing), self.alpha, self.variances)]
         parts = [self._evaluate_chunk(*chunk) for chunk in zip(*every, strict=True)]

@@ -10,7 +10,7 @@ from torch import Tensor
 from dbtheory.grid import GridLaw, NoisedGrid
 from dbtheory.reward import Reward
 from dbtheory.schedule import NoiseSchedule, Time
-from dbtheory.tilt import Scale, require_alpha
+from dbtheory.tilt import Alpha, require_alpha
 
 
 class _Ratio(NamedTuple):
@@ -31,7 +31,7 @@ class GridConditional:
 
     @classmethod
     def at(
-        cls, prior: GridLaw, reward: Reward, alpha: Scale, schedule: NoiseSchedule, x: Tensor, t: Time
+        cls, prior: GridLaw, reward: Reward, alpha: Alpha, schedule: NoiseSchedule, x: Tensor, t: Time
     ) -> GridConditional:
         """The conditional law at the points `x` (n, d). Raises as `tilt`."""
         values = reward.to(prior.nodes)(prior.nodes).detach() * (1 / require_alpha(alpha))

@@ -63,6 +63,7 @@ class InterpolatedBlend:
         if missing:
             raise ValueError(f"no such midpoint experts: {missing}; the experts are {list(experts.names)}")
         self.preference.validate([name for name in experts.names if name not in middle])
+        self.preference.require_rows(len(x), step.progress)
         return weighted_sum(experts, x, t, self.coefficients(step))
 
     def coefficients(self, step: Step) -> dict[str, Amount]:

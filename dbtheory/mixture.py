@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from functools import cached_property
+from functools import cached_property, reduce
 from itertools import chain
 
 import torch
@@ -28,7 +28,7 @@ class GaussianMixture:
     or from `noised` with n times) has weights (n, K), means (n, K, d), covariances (n, K, d, d), and its
     `log_prob` and `score` take one point for each row. Covariances are kept as eigenvalues (..., K, d) and
     eigenvectors (K, d, d), which noising and conditioning share: no (n, K, d, d) tensor is made unless
-    `covariances` is asked for.
+    `covariances` is asked for. The dtype is the widest of the three given.
 
     Raises ValueError for shapes that disagree, values that are not finite, weights that are negative or do
     not sum to 1 (tolerance 1e-6, then renormalised), covariances that are not symmetric positive definite.
@@ -41,7 +41,8 @@ class GaussianMixture:
 
     def __init__(self, weights: Tensor, means: Tensor, covariances: Tensor) -> None:
         _require_shapes(weights, means, covariances)
-        weights, covariances = weights.to(means), covariances.to(means)
+        dtype = reduce(torch.promote_types, (weights.dtype, means.dtype, covariances.dtype))
+        weights, means, covariances = (part.to(means.device, dtype) for part in (weights, means, covariances))
         _require_simplex(weights)
         self.log_weights = (weights / weights.sum()).log()
         self.means = means
@@ -170,8 +171,8 @@ class GaussianMixture:
         if x.ndim != 2 or x.shape[1] != self.dim or (self.is_batched and len(x) != len(self.means)):
             rows = str(len(self.means)) if self.is_batched else "n"
             raise ValueError(f"points must be ({rows}, {self.dim}), got shape {tuple(x.shape)}")
-        if bool(x.isnan().any()):
-            raise ValueError("points contain NaN; look for the step that made them")
+        if not bool(x.isfinite().all()):
+            raise ValueError("points contain NaN or infinity; look for the step that made them")
         return x.to(self.means)
 
     def _score(self, x: Tensor) -> Tensor:

@@ -18,9 +18,8 @@ from dbtheory.blend import Blender, MeanBlend, SampledBlend, Step
 from dbtheory.experts import ExactExperts
 from dbtheory.law import Law
 from dbtheory.mixture import GaussianMixture
-from dbtheory.parametrization import convert
 from dbtheory.schedule import NoiseSchedule
-from dbtheory.steps import ddpm_step, euler_maruyama_step
+from dbtheory.steps import advance
 
 
 @dataclass(frozen=True, eq=False)
@@ -153,7 +152,4 @@ def _linear_response(schedule: NoiseSchedule, t: Tensor, t_next: Tensor, method:
     if method not in ("ddpm", "euler"):
         raise ValueError(f'closed moments exist for the methods "ddpm" and "euler", got {method!r}')
     x, score, noise = torch.eye(3, dtype=torch.float64)
-    if method == "euler":
-        return list(euler_maruyama_step(x, score, t, t_next, noise, schedule))
-    x0 = convert(score, x, t, schedule, source="score", target="x0")
-    return list(ddpm_step(x, x0, t, t_next, noise, schedule))
+    return list(advance(method, x, score, t, t_next, noise, schedule, source="score"))

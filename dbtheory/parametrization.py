@@ -23,8 +23,7 @@ def convert(
     source: str,
     target: str,
 ) -> Tensor:
-    """A prediction of kind `source` at `x_t = x` (n, ...) and time `t` (scalar or (n,)), as one of kind
-    `target`.
+    """A prediction of kind `source` at `x_t = x` (n, ...) and `t`, a scalar or (n,), as one of kind `target`.
 
     `prediction` has the shape of `x`, or that shape with leading axes. Equal kinds return it untouched.
     Raises ValueError for an unknown kind, for shapes that disagree, and at a time where the conversion would

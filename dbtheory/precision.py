@@ -16,6 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from dbtheory.blend import Step, active_names
+from dbtheory.definite import definite_cholesky
 from dbtheory.experts import Experts, Points
 from dbtheory.preference import BASE, Preference
 from dbtheory.schedule import Time
@@ -49,6 +50,7 @@ class PrecisionBlend:
     def __call__(self, experts: Experts, x: Points, t: Tensor | float, step: Step) -> Points:
         """`sum_i c_i S S_i^-1 prediction_i`: these matrices sum to I, so it is mu in every parametrisation."""
         self.preference.validate(experts.names)
+        self.preference.require_rows(len(x), step.progress)
         active = active_names(experts, self.preference.coefficients(step.progress))
         predictions = experts.predict(x, t, active)
         if len(active) == 1:
@@ -56,6 +58,11 @@ class PrecisionBlend:
         shares, _ = self._fused(x, step)
         parts = [_apply(shares[self._names.index(name)], p) for name, p in zip(active, predictions, strict=True)]
         return torch.stack(parts).sum(0)
+
+    def require_method(self, method: str) -> None:
+        """ValueError for a function `variances` and a method other than "ddpm"."""
+        if callable(self.variances) and method != "ddpm":
+            raise ValueError(f'covariances of x_s given x_t belong to method="ddpm", received {method!r}')
 
     def noise(self, z: Points, own_variance: Tensor | float, x: Points, step: Step) -> Points:
         """The noise of the step from `x`, by standard normal `z`: covariance S, in units of `own_variance` unless
@@ -86,11 +93,8 @@ def fuse(
     """
     pulls = coefficients[..., None, None].to(covariances) * torch.linalg.inv(covariances)
     precision = pulls.sum(0)
-    cholesky, failed = torch.linalg.cholesky_ex(precision)
-    # terms that cancel leave rounding, which is no precision
-    rounding = 16 * torch.finfo(precision.dtype).eps * pulls.abs().sum(0).diagonal(dim1=-2, dim2=-1)
-    pivots = cholesky.diagonal(dim1=-2, dim2=-1).square()
-    if bool((failed.bool() | (pivots <= rounding).any(-1)).any()):
+    cholesky = definite_cholesky(precision, pulls.abs().sum(0).diagonal(dim1=-2, dim2=-1))
+    if cholesky is None:
         raise ValueError(
             "the blended precision sum_i c_i S_i^-1 is not positive definite, smallest eigenvalue "
             f"{float(torch.linalg.eigvalsh(precision).min()):.6g}: no such Gaussian step exists; lower kl_scale"

@@ -107,6 +107,11 @@ class Preference:
         numbers = tuple(value for value in (*self.values, self.kl_scale) if isinstance(value, float))
         return hash((self.names, numbers))
 
+    def require_rows(self, n: int, progress: float) -> None:
+        """ValueError where it has, at this progress, one preference a sample, but not for `n` samples."""
+        if (rows := self.at(progress).rows) not in (None, n):
+            raise ValueError(f"one preference a sample: {n} samples, received {rows} preferences")
+
     def validate(self, names: Iterable[str]) -> None:
         """Check the weights against the experts at hand (`names`, with or without "base").
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from dbtheory.coupling import Line
 from dbtheory.dispersion import Given
 from dbtheory.mixture import apply_each
-from dbtheory.reward import QuadraticReward, Reward
+from dbtheory.reward import QuadraticReward, Reward, SmoothReward
 
 # The largest of p_R, r p_R and e^r p_R at the lattice's ends, in units of F and sd(R), that counts as vanishing.
 _LOG_VANISHED = math.log(1e-8)
@@ -51,7 +51,13 @@ class RewardLaw:
 
 
 def derivatives(reward: Reward, x: Tensor) -> tuple[Float[Tensor, "n m"], Float[Tensor, "n m"]]:
-    """R' and R'' at the points `x` (n, m) of a line."""
+    """R' and R'' at the points `x` (n, m) of a line. HypothesisError for a reward that does not promise to have them:
+    autograd sees neither a jump nor a kink, and what follows would be wrong without a sign of it."""
+    if not isinstance(reward, SmoothReward):
+        raise HypothesisError(
+            f"a {type(reward).__name__} promises no derivatives; wrap it in SmoothReward if it is analytic, or use "
+            "covariance_bound, which needs none"
+        )
     with torch.enable_grad():
         points = x.detach().requires_grad_(True)
         (first,) = torch.autograd.grad(reward(points.unsqueeze(-1)).sum(), points, create_graph=True)

@@ -6,15 +6,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from dbtheory.blend import Blender, Step
+from dbtheory.blend import Blender, NoisyBlender, Step
 from dbtheory.correct import FeynmanKac, Particles, Trace
 from dbtheory.experts import Experts, Points
-from dbtheory.parametrization import convert
-from dbtheory.precision import PrecisionBlend
 from dbtheory.schedule import NoiseSchedule
-from dbtheory.steps import ddim_step, ddpm_step, euler_maruyama_step, step_variance
-
-METHODS = ("ddpm", "ddim", "euler")
+from dbtheory.steps import METHODS, advance, step_variance
 
 
 def time_grid(schedule: NoiseSchedule, steps: int, power: float = 1.0) -> Float[Tensor, " times"]:
@@ -61,20 +57,13 @@ def sample(
             decrease within [0, 1], or a missing generator where something has to be drawn; with `correct` or
             `trace`, what `dbtheory.correct.Particles` refuses.
     """
-    if method not in METHODS:
-        raise ValueError(f"method must be one of {METHODS}, received {method!r}")
-    if not 0 <= eta <= 1:
-        raise ValueError(f"eta must lie in [0, 1] (0 is deterministic, 1 is ancestral), received {eta}")
-    if isinstance(blender, PrecisionBlend) and callable(blender.variances) and method != "ddpm":
-        raise ValueError(f'covariances of x_s given x_t belong to method="ddpm", received {method!r}')
-    if n < 1:
-        raise ValueError(f"n must be at least 1, received {n}")
+    _require_settings(blender, n, steps, method, eta)
     schedule, shape = experts.schedule, (n, *experts.event_shape)
-    times = _checked_grid(time_grid(schedule, steps) if grid is None else grid, steps)
+    times = _checked_grid(time_grid(schedule, steps) if grid is None else grid, steps, schedule)
     draw = _drawer(generator, experts)
-    x = draw(shape) * schedule.sigma(times[0]).to(experts.dtype) if x_T is None else _shaped("x_T", x_T, shape)
-    phase = draw((n,), uniform=True) if phase is None else _shaped("phase", phase, (n,))
-    noise = None if noise is None else _shaped("noise", noise, (steps, *shape))
+    x = draw(shape) * schedule.sigma(times[0]).to(experts.dtype) if x_T is None else _given("x_T", x_T, shape, experts)
+    phase = draw((n,), uniform=True) if phase is None else _checked_phase(phase, n)
+    noise = None if noise is None else _given("noise", noise, (steps, *shape), experts)
     weighted = correct is not None or trace is not None
     particles = Particles(experts, blender, n, method, eta, correct, trace) if weighted else None
     for k in range(steps):
@@ -86,28 +75,44 @@ def sample(
             kept = particles.survivors(step, lambda: draw((1,), uniform=True))
             x, phase, prediction = (part if kept is None else part[kept] for part in (x, phase, prediction))
         z = draw(shape) if noise is None else noise[k]
-        if isinstance(blender, PrecisionBlend):
-            own = step_variance(method, schedule, step.t, step.t_next, eta)
-            mean = _advance(method, x, prediction, step, torch.zeros_like(x), experts, eta)
-            x = mean + blender.noise(z, own, x, step)
-        else:
-            x = _advance(method, x, prediction, step, z, experts, eta)
+        x = _next(experts, blender, x, prediction, step, z, method, eta)
         if progress is not None:
             progress(k + 1, steps)
     return x
 
 
-def _advance(
-    method: str, x: Tensor, prediction: Tensor, step: Step, noise: Tensor, experts: Experts, eta: float
-) -> Tensor:
-    schedule, source, t, t_next = experts.schedule, experts.parametrization, step.t, step.t_next
-    if method == "euler":
-        score = convert(prediction, x, t, schedule, source=source, target="score")
-        return euler_maruyama_step(x, score, t, t_next, noise, schedule)
-    x0 = convert(prediction, x, t, schedule, source=source, target="x0")
-    if method == "ddim":
-        return ddim_step(x, x0, t, t_next, noise, schedule, eta)
-    return ddpm_step(x, x0, t, t_next, noise, schedule)
+def _next(
+    experts: Experts,
+    blender: Blender,
+    x: Points,
+    prediction: Points,
+    step: Step,
+    z: Points,
+    method: str,
+    eta: float,
+) -> Points:
+    """The sampler's step by standard normal `z`, whose noise a `NoisyBlender` shapes."""
+    schedule, t, t_next = experts.schedule, step.t, step.t_next
+
+    def move(noise: Points) -> Points:
+        return advance(method, x, prediction, t, t_next, noise, schedule, source=experts.parametrization, eta=eta)
+
+    if not isinstance(blender, NoisyBlender):
+        return move(z)
+    own = step_variance(method, schedule, t, t_next, eta)
+    return move(torch.zeros_like(x)) + blender.noise(z, own, x, step)
+
+
+def _require_settings(blender: Blender, n: int, steps: int, method: str, eta: float) -> None:
+    if method not in METHODS:
+        raise ValueError(f"method must be one of {METHODS}, received {method!r}")
+    if not 0 <= eta <= 1:
+        raise ValueError(f"eta must lie in [0, 1] (0 is deterministic, 1 is ancestral), received {eta}")
+    for name, count in (("n", n), ("steps", steps)):
+        if not isinstance(count, int) or count < 1:
+            raise ValueError(f"{name} must be at least 1, and an integer, received {count!r}")
+    if isinstance(blender, NoisyBlender):
+        blender.require_method(method)
 
 
 def _drawer(generator: torch.Generator | None, experts: Experts) -> Callable[..., Tensor]:
@@ -122,13 +127,29 @@ def _drawer(generator: torch.Generator | None, experts: Experts) -> Callable[...
 
 
 def _shaped(what: str, value: Tensor, shape: tuple[int, ...]) -> Tensor:
-    if tuple(value.shape) != shape:
-        raise ValueError(f"{what} must have shape {shape}, received {tuple(value.shape)}")
+    if not isinstance(value, Tensor) or tuple(value.shape) != shape:
+        raise ValueError(f"{what} must have shape {shape} and be a tensor, received {getattr(value, 'shape', value)}")
     return value
 
 
-def _checked_grid(grid: Tensor, steps: int) -> Tensor:
+def _given(what: str, value: Tensor, shape: tuple[int, ...], experts: Experts) -> Tensor:
+    """Numbers that the caller drew, as the experts take them."""
+    if not bool(_shaped(what, value, shape).isfinite().all()):
+        raise ValueError(f"{what} must be finite, received NaN or infinity")
+    return value.to(experts.device, experts.dtype)
+
+
+def _checked_phase(phase: Tensor, n: int) -> Tensor:
+    if not bool(((_shaped("phase", phase, (n,)) >= 0) & (phase < 1)).all()) or not phase.is_floating_point():
+        raise ValueError(f"phase must hold floating numbers in [0, 1), received {phase.tolist()}")
+    return phase
+
+
+def _checked_grid(grid: Tensor, steps: int, schedule: NoiseSchedule) -> Tensor:
     _shaped("grid", grid, (steps + 1,))
-    if not bool((grid.diff() < 0).all()) or float(grid[0]) > 1 or float(grid[-1]) < 0:
-        raise ValueError(f"grid must decrease from at most 1 to at least 0, received {grid.tolist()}")
+    if not bool((grid.diff() < 0).all()) or float(grid[0]) > schedule.t_start or float(grid[-1]) < 0:
+        raise ValueError(
+            f"grid must decrease from at most {schedule.t_start} (the schedule's t_start) to at least 0, "
+            f"received {grid.tolist()}"
+        )
     return grid

@@ -1,8 +1,7 @@
 """Noise schedules: how much data and how much noise is left at a time (MATH.md 1).
 
-Time runs forward from data, `t = 0`, to noise, `t = 1`, and `x_t = alpha(t) x_0 + sigma(t) z` with `z ~ N(0,
-I)`. The same marginals solve `dx = f(t) x dt + g(t) dw` with `f = (log alpha)'` and `g^2 = (sigma^2)' - 2 f
-sigma^2`.
+Time runs forward from data, `t = 0`, to noise, `t = 1`, and `x_t = alpha(t) x_0 + sigma(t) z` with `z ~ N(0, I)`.
+The same marginals solve `dx = f(t) x dt + g(t) dw` with `f = (log alpha)'` and `g^2 = (sigma^2)' - 2 f sigma^2`.
 """
 
 from __future__ import annotations
@@ -108,10 +107,9 @@ class VPLinear(VariancePreserving):
 
 @dataclass(frozen=True)
 class VPCosine(VariancePreserving):
-    """`alpha(t) = cos(u(t)) / cos(u(0))`, `u(t) = (pi/2) (t + offset)/(1 + offset)` (Nichol and Dhariwal
-    2021).
+    """`alpha(t) = cos(u(t)) / cos(u(0))`, `u(t) = (pi/2) (t + offset)/(1 + offset)`.
 
-    f and g^2 diverge at `t = 1`, so generation starts a little below.
+    Nichol and Dhariwal (2021). f and g^2 diverge at `t = 1`, so generation starts a little below.
     """
 
     offset: float = 0.008

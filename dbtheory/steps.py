@@ -9,6 +9,30 @@ from dbtheory.experts import Points
 from dbtheory.parametrization import convert
 from dbtheory.schedule import NoiseSchedule, Time
 
+METHODS = ("ddpm", "ddim", "euler")
+
+
+def advance(
+    method: str,
+    x: Points,
+    prediction: Points,
+    t: Time,
+    t_next: Time,
+    noise: Points,
+    schedule: NoiseSchedule,
+    *,
+    source: str,
+    eta: float = 1.0,
+) -> Points:
+    """One step by name, one of `METHODS`, from a prediction in the parametrisation `source`; `eta` is DDIM's."""
+    if method == "euler":
+        score = convert(prediction, x, t, schedule, source=source, target="score")
+        return euler_maruyama_step(x, score, t, t_next, noise, schedule)
+    x0 = convert(prediction, x, t, schedule, source=source, target="x0")
+    if method == "ddim":
+        return ddim_step(x, x0, t, t_next, noise, schedule, eta)
+    return ddpm_step(x, x0, t, t_next, noise, schedule)
+
 
 def euler_maruyama_step(
     x: Points,
@@ -58,15 +82,18 @@ def ddim_step(
 
 def posterior_variance(schedule: NoiseSchedule, t: Time, t_next: Time) -> Tensor:
     """Variance of `q(x_s | x_t, x_0)`, s = t_next < t: `s_s^2 (1 - (a_t s_s / (a_s s_t))^2)`."""
-    sigma_s = schedule.sigma(t_next)
-    ratio = schedule.alpha(t) / schedule.alpha(t_next) * sigma_s / schedule.sigma(t)
-    return sigma_s**2 * (1 - ratio**2)
+    return schedule.sigma(t_next) ** 2 * _unexplained(schedule, t, t_next)
 
 
 def posterior_gain(schedule: NoiseSchedule, t: Time, t_next: Time) -> Tensor:
     """What x_0 adds to the mean of `q(x_s | x_t, x_0)`, s = t_next: `a_s - a_t (a_t/a_s) (s_s/s_t)^2`."""
-    ratio = schedule.alpha(t) / schedule.alpha(t_next) * schedule.sigma(t_next) / schedule.sigma(t)
-    return schedule.alpha(t_next) * (1 - ratio**2)
+    return schedule.alpha(t_next) * _unexplained(schedule, t, t_next)
+
+
+def _unexplained(schedule: NoiseSchedule, t: Time, t_next: Time) -> Tensor:
+    """The share of x_s's variance given x_0 that x_t does not explain: 1 less their squared correlation."""
+    correlation = schedule.alpha(t) / schedule.alpha(t_next) * schedule.sigma(t_next) / schedule.sigma(t)
+    return 1 - correlation**2
 
 
 def step_variance(method: str, schedule: NoiseSchedule, t: Time, t_next: Time, eta: float) -> Tensor:

@@ -10,13 +10,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from dbtheory.definite import definite_cholesky
 from dbtheory.grid import GridLaw
 from dbtheory.law import Law
 from dbtheory.mixture import GaussianMixture, apply_each
 from dbtheory.reward import QuadraticReward, Reward
 from dbtheory.window import fitted_grid
 
-Scale = Tensor | float | int
+Alpha = Tensor | float | int  # the strength of the KL term
 
 
 class WhitenedTilt(NamedTuple):
@@ -32,10 +33,10 @@ class WhitenedTilt(NamedTuple):
 
 
 @overload
-def tilt(prior: GaussianMixture, reward: QuadraticReward, alpha: Scale) -> GaussianMixture: ...
+def tilt(prior: GaussianMixture, reward: QuadraticReward, alpha: Alpha) -> GaussianMixture: ...
 @overload
-def tilt(prior: Law, reward: Reward, alpha: Scale) -> Law: ...
-def tilt(prior: Law, reward: Reward, alpha: Scale) -> Law:
+def tilt(prior: Law, reward: Reward, alpha: Alpha) -> Law: ...
+def tilt(prior: Law, reward: Reward, alpha: Alpha) -> Law:
     """The target `p(x) exp(reward(x)/alpha) / Z` (paper eq. 6).
 
     A Gaussian mixture and a quadratic reward give a Gaussian mixture, exactly; with one mixture for each row (a
@@ -50,7 +51,7 @@ def tilt(prior: Law, reward: Reward, alpha: Scale) -> Law:
     return _tilted_grid(prior, reward, alpha)
 
 
-def _tilted_mixture(prior: GaussianMixture, reward: QuadraticReward, alpha: Scale) -> GaussianMixture:
+def _tilted_mixture(prior: GaussianMixture, reward: QuadraticReward, alpha: Alpha) -> GaussianMixture:
     parts = whitened_tilt(prior, reward, alpha)
     means = prior.means + apply_each(parts.root, parts.shift)
     # The singular values of root factor give the covariance's eigenvalues without squaring its condition.
@@ -59,7 +60,7 @@ def _tilted_mixture(prior: GaussianMixture, reward: QuadraticReward, alpha: Scal
     return GaussianMixture.from_eigen(log_weights, means, singular_values.square(), eigenvectors)
 
 
-def _tilted_grid(prior: Law, reward: Reward, alpha: Scale) -> GridLaw:
+def _tilted_grid(prior: Law, reward: Reward, alpha: Alpha) -> GridLaw:
     inverse = 1 / require_alpha(alpha)
     if isinstance(prior, GridLaw):
         return prior.reweighted(reward.to(prior.nodes)(prior.nodes) * inverse)
@@ -74,22 +75,20 @@ def _tilted_grid(prior: Law, reward: Reward, alpha: Scale) -> GridLaw:
     return law.to(prior.means)
 
 
-def log_normalizer(prior: Law, reward: Reward, alpha: Scale) -> Float[Tensor, "*n"]:
+def log_normalizer(prior: Law, reward: Reward, alpha: Alpha) -> Float[Tensor, "*n"]:
     """`log E_prior[exp(reward/alpha)]`: a scalar, or (n,) with one mixture for each row. Raises as `tilt`."""
     if isinstance(prior, GaussianMixture) and isinstance(reward, QuadraticReward):
         return (prior.log_weights + whitened_tilt(prior, reward, alpha).log_normalizer).logsumexp(-1)
     return _tilted_grid(prior, reward, alpha).log_mass
 
 
-def whitened_tilt(prior: GaussianMixture, reward: Reward, alpha: Scale) -> WhitenedTilt:
+def whitened_tilt(prior: GaussianMixture, reward: Reward, alpha: Alpha) -> WhitenedTilt:
     """The tilt of each component of `prior`, before they are put together. Raises as `tilt`."""
     scaled = require_quadratic(reward, prior.dim).to(prior.means) * (1 / require_alpha(alpha))
     root = prior.root
     precision = torch.eye(prior.dim).to(root) + root.mT @ scaled.Q @ root
-    cholesky, failed = torch.linalg.cholesky_ex(precision)
-    pivots = cholesky.diagonal(dim1=-2, dim2=-1)
-    rounding = 16 * torch.finfo(precision.dtype).eps * precision.diagonal(dim1=-2, dim2=-1).abs()
-    if bool((failed.bool() | (pivots.square() <= rounding).any(-1)).any()):
+    cholesky = definite_cholesky(precision, precision.diagonal(dim1=-2, dim2=-1).abs())
+    if cholesky is None:
         raise ValueError(
             "the tilt does not exist: a component's precision + Q/alpha is not positive definite, "
             f"smallest whitened eigenvalue {torch.linalg.eigvalsh(precision).min().item():.3g}; "
@@ -98,11 +97,11 @@ def whitened_tilt(prior: GaussianMixture, reward: Reward, alpha: Scale) -> White
     identity = torch.eye(prior.dim).to(root).expand_as(cholesky)
     factor = torch.linalg.solve_triangular(cholesky, identity, upper=False).mT
     slope = apply_each(factor.mT, apply_each(root.mT, scaled.gradient(prior.means)))
-    log_mass = scaled(prior.means) + 0.5 * slope.square().sum(-1) - pivots.log().sum(-1)
+    log_mass = scaled(prior.means) + 0.5 * slope.square().sum(-1) - cholesky.diagonal(dim1=-2, dim2=-1).log().sum(-1)
     return WhitenedTilt(root, apply_each(factor, slope), factor, log_mass)
 
 
-def require_alpha(alpha: Scale) -> float:
+def require_alpha(alpha: Alpha) -> float:
     """`alpha` as a float; ValueError unless positive and finite."""
     value = float(alpha)
     if not 0 < value < math.inf:

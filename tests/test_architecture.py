@@ -24,22 +24,29 @@ ITS_ARROWS = {"dbtheory", "toys", "proofs_check"}
 # dbtheory and toys do without what the `scale` extra installs; figures are the toys' own business
 EXTRAS = {"diffusers", "peft", "transformers", "accelerate", "safetensors", "tokenizers", "huggingface_hub"}
 FORBIDDEN = {"dbtheory": EXTRAS | {"PIL", "matplotlib", "tyro", "rich"}, "toys": EXTRAS | {"PIL"}}
-# inside the core: who may not know whom
-UNKNOWN = {
-    "schedule": {"mixture", "reward", "tilt", "control", "preference", "experts", "blend", "sampler"},
-    "mixture": {"reward", "tilt", "control", "preference", "experts", "blend", "sampler"},
-    "reward": {"tilt", "control", "preference", "experts", "blend", "sampler"},
-    "tilt": {"control", "preference", "experts", "blend", "sampler"},
-    "control": {"preference", "experts", "blend", "sampler"},
-    "preference": {"schedule", "mixture", "reward", "tilt", "control", "experts", "blend", "sampler"},
-    "blend": {"mixture", "reward", "tilt", "control", "sampler"},
-    "assignment": {"mixture", "reward", "tilt", "control", "experts", "blend", "sampler"},
-    "precision": {"mixture", "reward", "tilt", "control", "sampler"},
-    "interpolate": {"mixture", "reward", "tilt", "control", "sampler"},
-    "correct": {"mixture", "reward", "tilt", "control", "sampler"},
-    "bounds": {"preference", "experts", "blend", "sampler"},
-    "sampler": {"mixture", "reward", "tilt", "control"},
-}
+# inside the core, from the bottom up: a module imports from the layers below its own alone
+LAYERS = (
+    # what stands on its own
+    {"schedule", "reward", "preference", "random", "resampling", "quadrature", "coupling", "definite", "files"},
+    {"law", "mixture", "grid", "parametrization", "assignment", "fokker_planck"},
+    {"window", "quadratic_cumulants", "metrics"},
+    # what a reward does to a law
+    {"tilt"},
+    {"conditional", "grid_conditional"},
+    {"control", "expansion"},
+    {"estimate", "dispersion", "blend_error"},
+    {"reward_law"},
+    {"bounds"},
+    # generation, of which nothing above this line knows
+    {"experts"},
+    {"blend", "guidance", "steps"},
+    {"precision", "interpolate", "correct", "moments", "chapman_kolmogorov"},
+    {"kernels", "sampler"},
+    {"__init__"},
+)
+# what generates sees Experts: no law and no reward
+SEES_EXPERTS_ONLY = ("assignment", "preference", "blend", "interpolate", "precision", "correct", "steps", "sampler")
+LAWS_AND_REWARDS = {"law", "mixture", "grid", "reward", "tilt", "control"}
 LONGEST = 350
 
 
@@ -113,12 +120,36 @@ def test_the_core_does_without_the_extras(root: Path, room: str) -> None:
         assert not foreign, f"{path} imports {foreign}"
 
 
-@pytest.mark.parametrize("module", UNKNOWN)
-def test_arrows_inside_the_core(root: Path, module: str) -> None:
-    """schedule, mixture, reward <- tilt, control; preference <- blend; blender and sampler never see a mixture."""
-    tree = ast.parse((root / "dbtheory" / f"{module}.py").read_text())
-    known = {name.split(".")[1] for name in imports(f"dbtheory/{module}.py", tree) if name.startswith("dbtheory.")}
-    assert not known & UNKNOWN[module]
+def core_imports(root: Path) -> dict[str, set[str]]:
+    """Of every module of the core, the modules of the core that it imports."""
+    return {
+        Path(path).stem: {name.split(".")[1] for name in imports(path, tree) if name.startswith("dbtheory.")}
+        for path, tree in modules(root, "dbtheory")
+    }
+
+
+def test_every_module_of_the_core_has_one_layer(root: Path) -> None:
+    """A new file has to say where it belongs, and a deleted one is struck off."""
+    assert sorted(name for layer in LAYERS for name in layer) == sorted(core_imports(root))
+
+
+def upward(known: dict[str, set[str]]) -> set[str]:
+    """The imports that do not go down."""
+    level = {name: k for k, layer in enumerate(LAYERS) for name in layer}
+    found = ((name, other) for name, others in known.items() for other in others & level.keys())
+    return {f"{name} -> {other}" for name, other in found if level[other] >= level[name]}
+
+
+def test_imports_inside_the_core_go_down(root: Path) -> None:
+    """schedule <- mixture <- tilt <- control <- bounds <- experts <- blend <- sampler, each from lower layers alone."""
+    assert not upward(core_imports(root))
+    assert upward({"mixture": {"sampler", "schedule"}, "law": {"mixture"}}) == {"mixture -> sampler", "law -> mixture"}
+
+
+@pytest.mark.parametrize("module", SEES_EXPERTS_ONLY)
+def test_what_generates_sees_experts_only(root: Path, module: str) -> None:
+    """Blenders, sampler and correction import no law, no reward, no tilt and no control: trained experts have none."""
+    assert not core_imports(root)[module] & LAWS_AND_REWARDS
 
 
 def tracked(root: Path) -> list[Path]:

@@ -8,7 +8,7 @@ from scipy import integrate, optimize, stats
 from torch import Tensor
 
 from dbtheory.mixture import GaussianMixture
-from dbtheory.reward import FunctionReward, Reward
+from dbtheory.reward import Reward, SmoothReward
 from dbtheory.schedule import VPLinear
 
 SCHEDULE, T, ALPHA = VPLinear(), 0.35, 0.8
@@ -24,9 +24,9 @@ def point(*coordinates: float) -> Tensor:
     return torch.tensor([coordinates], dtype=torch.float64)
 
 
-def bent() -> FunctionReward:
+def bent() -> SmoothReward:
     """Strictly monotone and bent, of unlimited range."""
-    return FunctionReward(lambda x: (0.7 * x + 0.5 * (2 * x).tanh()).squeeze(-1))
+    return SmoothReward(lambda x: (0.7 * x + 0.5 * (2 * x).tanh()).squeeze(-1))
 
 
 def gaussian(dim: int) -> GaussianMixture:

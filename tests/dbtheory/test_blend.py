@@ -4,13 +4,15 @@ import pytest
 import torch
 
 import toys
-from dbtheory import ExactExperts, MeanBlend, Preference, SampledBlend
+from dbtheory import ExactExperts, InterpolatedBlend, MeanBlend, PrecisionBlend, Preference, SampledBlend
 from dbtheory.blend import Step
 from dbtheory.parametrization import convert
 from tests.chance import alarms, mean_p_value
 
 N = 100_000
 ORDERS = ("iid", "low-discrepancy")
+
+VARIANCES = {"base": 1.0, "east": 0.9, "north": 1.1}
 
 
 def phases(n, seed=0):
@@ -72,6 +74,19 @@ def test_one_preference_a_sample_is_each_row_alone():
     assert torch.equal(together[2], east[2])
     with pytest.raises(ValueError, match="3 samples, received 4 preferences"):
         MeanBlend(Preference({"east": w, "north": 1 - w}))(experts, x[:3], 0.4, step(3))
+
+
+@pytest.mark.parametrize(
+    "blender", [MeanBlend, SampledBlend, lambda p: PrecisionBlend(p, VARIANCES), lambda p: InterpolatedBlend(p, {})]
+)
+@pytest.mark.parametrize(
+    "weight", [torch.ones(4), torch.full((4,), 0.3), torch.ones(1), lambda s: torch.ones(3 if s == 0 else 4)]
+)
+def test_as_many_preferences_as_samples(blender, weight):
+    """Also where one expert alone is active, and where a function of progress changes its mind, a mismatch is said."""
+    preference = Preference({"east": weight, "north": (lambda s: 1 - weight(s)) if callable(weight) else 1 - weight})
+    with pytest.raises(ValueError, match="3 samples, received"):
+        blender(preference)(ring(), cloud(3), 0.4, step(3, index=5))
 
 
 def test_weights_follow_progress():

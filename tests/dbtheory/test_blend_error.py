@@ -19,6 +19,7 @@ from dbtheory.blend_error import (
     path_kl_on_line,
 )
 from dbtheory.expansion import reward_cumulants
+from dbtheory.grid import GridLaw
 from dbtheory.mixture import GaussianMixture
 from dbtheory.reward import FunctionReward, LinearReward, QuadraticReward, Reward
 from dbtheory.schedule import VE, NoiseSchedule, RectifiedFlow, VPLinear
@@ -87,6 +88,19 @@ def test_potential_equals_bayes_rule(dim: int) -> None:
     exact = exact - log_expectation(combined_reward(rewards, coefficients))
     got = blend_potential(prior, rewards, coefficients, alpha, schedule, x, t)
     torch.testing.assert_close(got[0], exact, rtol=1e-8, atol=1e-9)
+
+
+def test_potential_on_a_grid() -> None:
+    """A prior on a fine grid has the potential of the mixture that it was sampled from, and no series."""
+    prior, x = random_mixture(2, 1, seeded(0)), normal((4, 1), seeded(1))
+    grid = GridLaw.from_density(prior.log_prob, [-9.0], [9.0], [4001])
+    rewards: dict[str, Reward] = {name: random_reward(1, 1.0, seeded(i)) for i, name in enumerate("ab")}
+    arguments = (rewards, {"base": 0.2, "a": 0.3, "b": 0.5}, 1.0, VPLinear(), x, 0.4)
+    torch.testing.assert_close(
+        blend_potential(grid, *arguments), blend_potential(prior, *arguments), rtol=1e-4, atol=1e-6
+    )
+    with pytest.raises(ValueError, match="got GridLaw"):
+        blend_error_series(grid, *arguments)
 
 
 def test_sign_turns_where_one_coefficient_is_positive() -> None:
@@ -219,8 +233,11 @@ def test_bad_coefficients(coefficients: dict[str, float]) -> None:
 
 
 def test_bad_input() -> None:
-    """No rewards, no time nodes, too many dimensions and a reward without a closed target are ValueErrors."""
+    """No rewards, draws or time nodes, too many dimensions and a reward without a closed target are ValueErrors."""
     rewards, coefficients = AFFINE
+    for n in (0, 1):
+        with pytest.raises(ValueError, match=f"at least two draws, received n = {n}"):
+            path_kl(LINE, rewards, coefficients, 0.5, VPLinear(), n, seeded(0))
     with pytest.raises(ValueError, match="coefficients must be over"):
         combined_reward({}, {"base": 1.0})
     with pytest.raises(ValueError, match="at least one node, received 0"):

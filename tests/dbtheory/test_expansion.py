@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dbtheory.control import jensen_control, jensen_gap
 from dbtheory.expansion import convergence_radius, gap_series, reward_cumulants
+from dbtheory.grid import GridLaw
 from dbtheory.mixture import GaussianMixture
 from dbtheory.reward import FunctionReward, LinearReward, QuadraticReward, Reward
 from dbtheory.schedule import NoiseSchedule, VPLinear
@@ -39,7 +40,7 @@ def test_cumulants_equal_bayes_rule(schedule: NoiseSchedule, dim: int) -> None:
     nodes = lattice([prior.posterior(schedule, x, t)], spacing=0.4)
     weights = log_posterior(prior, schedule, x[0], t, nodes).exp()
     for reward in rewards:
-        got = reward_cumulants(prior, reward, 0.7, schedule, x, t, nodes=None if reward is rewards[0] else 40)
+        got = reward_cumulants(prior, reward, 0.7, schedule, x, t)
         expected = cumulants_of(weights, reward(nodes) / 0.7)
         torch.testing.assert_close(got[:, 0].tolist(), expected, rtol=1e-9, atol=1e-9)
 
@@ -68,10 +69,10 @@ def test_terms_against_finite_differences_for_a_smooth_reward() -> None:
     reward, x, h = FunctionReward(lambda x: x.squeeze(-1).sin()), normal((5, 1), seeded(1)), 1e-4
 
     def at(points: Tensor) -> Tensor:
-        return reward_cumulants(prior, reward, 0.5, schedule, points, t, nodes=48)
+        return reward_cumulants(prior, reward, 0.5, schedule, points, t)
 
     slopes = (at(x + h) - at(x - h)) / (2 * h)
-    terms = gap_series(prior, reward, 0.5, schedule, x, t, nodes=48).squeeze(-1)
+    terms = gap_series(prior, reward, 0.5, schedule, x, t).squeeze(-1)
     expected = slopes[1:] / torch.tensor([[2.0], [6.0], [24.0]], dtype=torch.float64)
     torch.testing.assert_close(terms, expected, rtol=1e-6, atol=1e-8)
 
@@ -177,6 +178,29 @@ def test_radius_is_where_the_generating_function_vanishes() -> None:
         z = z - np.clip(np.abs(value / slope), 0, 0.1 * radius) * np.exp(1j * np.angle(value / slope))
     zeros = np.abs(z[np.abs(generating(z)[0]) < 1e-10])
     assert zeros.min() == pytest.approx(radius, rel=1e-3)
+
+
+def test_cumulants_exist_where_no_tilt_does() -> None:
+    """R so convex that e^R has no expectation: its mean and variance are those of a lattice, and its control a
+    ValueError."""
+    prior, x, schedule, t = random_mixture(2, 1, seeded(0)), normal((1, 1), seeded(1)), VPLinear(), 0.4
+    growing = QuadraticReward(torch.tensor([[-50.0]]).double(), torch.zeros(1).double())
+    nodes = lattice([prior.posterior(schedule, x, t)], spacing=0.3)
+    weights = log_posterior(prior, schedule, x[0], t, nodes).exp()
+    got = reward_cumulants(prior, growing, 1.0, schedule, x, t)[:, 0]
+    torch.testing.assert_close(got.tolist(), cumulants_of(weights, growing(nodes)), rtol=1e-9, atol=1e-9)
+    assert bool(gap_series(prior, growing, 1.0, schedule, x, t).isfinite().all())
+    with pytest.raises(ValueError, match="positive definite"):
+        jensen_gap(prior, growing, 1.0, schedule, x, t)
+
+
+def test_a_prior_on_a_grid_is_refused() -> None:
+    """Cumulants, series and radius need the components of a mixture, and say so."""
+    prior, reward, x = random_mixture(2, 1, seeded(0)), random_reward(1, 0.5, seeded(1)), normal((3, 1), seeded(2))
+    grid = GridLaw.from_density(prior.log_prob, [-8.0], [8.0], [201])
+    for function in (gap_series, reward_cumulants, convergence_radius):
+        with pytest.raises(ValueError, match="need a GaussianMixture as prior, got GridLaw"):
+            function(grid, reward, 0.5, VPLinear(), x, 0.3)
 
 
 def test_bad_input() -> None:

@@ -115,7 +115,6 @@ def test_uneven_nodes_reach_the_same_law():
         ({"nodes": line(1.0, 10).flip(0)}, "nodes must be at least 3 and increase"),
         ({"nodes": line(1.0, 1)}, "nodes must be at least 3 and increase"),
         ({"times": torch.tensor([0.1, 0.9], dtype=torch.float64)}, "times must decrease"),
-        ({"substeps": 0}, "substeps must be at least 1"),
     ],
 )
 def test_bad_input(change, said):

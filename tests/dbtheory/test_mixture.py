@@ -233,6 +233,18 @@ def test_nearly_singular_components() -> None:
     torch.testing.assert_close(mixture.log_prob(x[None])[0], expected, rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("wide", [0, 1, 2])
+def test_the_widest_dtype_is_kept(wide: int) -> None:
+    """One part in float64 makes the mixture float64, digits included: covariances were cast down to the means'."""
+    parts = [torch.ones(1), torch.tensor([[1.5, -2.0]]), torch.eye(2).unsqueeze(0)]
+    parts[wide] = parts[wide].double()
+    parts[2] = parts[2] * (1 + 1e-10)
+    mixture = GaussianMixture(*parts)
+    assert {part.dtype for part in (mixture.log_weights, mixture.means, mixture.eigenvalues)} == {torch.float64}
+    if wide == 2:
+        torch.testing.assert_close(mixture.covariances, parts[2], rtol=1e-15, atol=0)
+
+
 def test_float32_agrees_with_float64() -> None:
     """`.to(torch.float32)` computes in single precision and agrees to it, times given in float64 included."""
     prior = random_mixture(3, 2, seeded(0))

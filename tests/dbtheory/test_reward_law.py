@@ -9,7 +9,7 @@ from dbtheory.bounds import density_lemma
 from dbtheory.control import jensen_control, jensen_gap
 from dbtheory.dispersion import Given
 from dbtheory.mixture import GaussianMixture
-from dbtheory.reward import FunctionReward, LinearReward, QuadraticReward, Reward
+from dbtheory.reward import LinearReward, QuadraticReward, Reward, SmoothReward
 from dbtheory.reward_law import HypothesisError, RewardLaw
 from tests.dbtheory.line import ALPHA, SCHEDULE, STEP, Scipy, T, bent, gaussian, point, root, seeded, value
 from tests.dbtheory.strategies import normal, random_mixture, random_reward
@@ -87,7 +87,7 @@ def test_density_terms_equal_their_definitions() -> None:
 def test_both_routes_to_a_linear_reward_agree() -> None:
     """A linear reward on a line, and the same as a plain function: one law on R's lattice, the other on x_0's."""
     prior, x = random_mixture(3, 1, seeded(12)), normal((3, 1), seeded(13))
-    named, plain = LinearReward(point(1.5)[0]), FunctionReward(lambda x: 1.5 * x.squeeze(-1))
+    named, plain = LinearReward(point(1.5)[0]), SmoothReward(lambda x: 1.5 * x.squeeze(-1))
     first, second = (density_lemma(prior, reward, ALPHA, SCHEDULE, x, T) for reward in (named, plain))
     for name in ("gap", "identity", "size_D", "L2", "unit_spread", "best_spread"):
         torch.testing.assert_close(getattr(first, name), getattr(second, name), rtol=1e-9, atol=1e-11)
@@ -101,10 +101,10 @@ def test_what_has_no_density_is_refused() -> None:
     mean, deviation = posterior.mean, posterior.eigenvalues.squeeze(-1).sqrt()
     refused: list[Reward] = [
         QuadraticReward(torch.eye(1).double(), torch.zeros(1).double()),
-        FunctionReward(lambda x: -x.square().sum(-1)),
+        SmoothReward(lambda x: -x.square().sum(-1)),
         LinearReward(torch.zeros(1).double()),
-        FunctionReward(lambda x: torch.special.ndtr((x - mean) / deviation).squeeze(-1)),
-        FunctionReward(lambda x: (40 * x).tanh().squeeze(-1)),
+        SmoothReward(lambda x: torch.special.ndtr((x - mean) / deviation).squeeze(-1)),
+        SmoothReward(lambda x: (40 * x).tanh().squeeze(-1)),
     ]
     for reward in refused:
         with pytest.raises(HypothesisError, match="covariance_bound"):

@@ -21,7 +21,7 @@ from dbtheory import (
     VPLinear,
     sample,
 )
-from dbtheory.blend import Step
+from dbtheory.blend import NoisyBlender, Step
 from dbtheory.sampler import time_grid
 from tests.chance import alarms
 
@@ -206,6 +206,30 @@ def test_steps_are_announced_in_order():
     assert seen[0].phase.shape == (3,)
 
 
+class Doubled(MeanBlend):
+    """The mean of the experts with twice the sampler's noise, for one method."""
+
+    def require_method(self, method):
+        if method != "ddpm":
+            raise ValueError(f"for ddpm alone, received {method}")
+
+    def noise(self, z, own_variance, x, step):
+        return 2 * own_variance**0.5 * z
+
+
+def test_any_blender_may_shape_its_noise():
+    """A `NoisyBlender` is known by what it can do, not by its class: its noise replaces the sampler's at every step."""
+    experts, blend, generator = gaussian(VPLinear()), Doubled(BASE.preference), torch.Generator().manual_seed(0)
+    assert isinstance(blend, NoisyBlender)
+    assert not isinstance(BASE, NoisyBlender)
+    noise = torch.randn(6, 5, 2, generator=generator, dtype=torch.float64)
+    start = {"x_T": noise[0], "phase": torch.zeros(5, dtype=torch.float64)}
+    got = sample(experts, blend, 5, 6, noise=noise, **start)
+    torch.testing.assert_close(got, sample(experts, BASE, 5, 6, noise=2 * noise, **start), rtol=1e-12, atol=1e-12)
+    with pytest.raises(ValueError, match="for ddpm alone, received euler"):
+        sample(experts, blend, 5, 6, noise=noise, method="euler", **start)
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
@@ -219,6 +243,10 @@ def test_steps_are_announced_in_order():
         ({"grid": torch.linspace(1, 0, 4)}, "grid must have shape"),
         ({"grid": torch.linspace(0, 1, 6)}, "grid must decrease"),
         ({"grid": torch.linspace(1.5, 0, 6)}, "grid must decrease"),
+        ({"x_T": torch.full((4, 2), torch.nan)}, "x_T must be finite"),
+        ({"noise": torch.full((5, 4, 2), torch.inf)}, "noise must be finite"),
+        ({"phase": torch.full((4,), torch.nan)}, "phase must hold"),
+        ({"phase": torch.full((4,), 1.0)}, "phase must hold"),
     ],
 )
 def test_bad_input(changes, said):
@@ -226,6 +254,24 @@ def test_bad_input(changes, said):
     arguments = {"n": 4, "steps": 5, "generator": torch.Generator().manual_seed(0)} | changes
     with pytest.raises(ValueError, match=said):
         sample(gaussian(VPLinear()), BASE, **arguments)
+
+
+def test_no_grid_starts_beyond_the_schedule():
+    """Where f and g^2 diverge at 1, a grid that starts there would only be noticed as NaN points."""
+    schedule = RectifiedFlow()
+    with pytest.raises(ValueError, match="t_start"):
+        sample(gaussian(schedule), BASE, 4, 5, torch.Generator(), grid=torch.linspace(1, 0, 6))
+
+
+@pytest.mark.parametrize("blender", [MeanBlend, SampledBlend])
+def test_given_points_are_cast(blender):
+    """A start in single precision serves experts in double: what is written into their predictions has one type."""
+    toy = toys.get("two-modes")
+    experts = ExactExperts(toy.prior, toy.rewards, toy.alpha, toy.schedule)
+    blend = blender(Preference({"right": 0.5, "left": 0.3, "centre": 0.2}))
+    x = sample(experts, blend, 4, 5, torch.Generator().manual_seed(0), x_T=torch.zeros(4, 1))
+    assert x.dtype == torch.float64
+    assert bool(x.isfinite().all())
 
 
 @pytest.mark.parametrize("eta", [-0.1, 1.5, float("nan"), float("inf")])

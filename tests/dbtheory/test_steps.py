@@ -5,7 +5,16 @@ import torch
 
 from dbtheory import VE, RectifiedFlow, VPCosine, VPDiscrete, VPLinear
 from dbtheory.parametrization import convert
-from dbtheory.steps import ddim_step, ddpm_step, euler_maruyama_step, posterior_gain, posterior_variance, step_variance
+from dbtheory.steps import (
+    METHODS,
+    advance,
+    ddim_step,
+    ddpm_step,
+    euler_maruyama_step,
+    posterior_gain,
+    posterior_variance,
+    step_variance,
+)
 
 SCHEDULES = [VPLinear(), VPCosine(), VPDiscrete(), VE(), RectifiedFlow()]
 
@@ -46,6 +55,23 @@ def test_step_variance_is_what_the_step_adds(method, eta):
             moved = step(x, one, t, s, one, schedule) - step(x, one, t, s, 0 * one, schedule)
             expected = step_variance(method, schedule, t, s, eta).sqrt()
             torch.testing.assert_close(moved.squeeze(), expected, rtol=1e-10, atol=1e-15)
+
+
+@pytest.mark.parametrize("kind", ["eps", "x0", "v", "score"])
+def test_advance_is_the_step_of_that_name(kind):
+    """Every method by name, from a prediction of every kind, is its own step from the kind that it takes."""
+    schedule, t, s = VPCosine(), 0.6, 0.5
+    x, x0, noise = torch.randn(3, 7, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    score, prediction = (convert(x0, x, t, schedule, "x0", target) for target in ("score", kind))
+    expected = {
+        "euler": euler_maruyama_step(x, score, t, s, noise, schedule),
+        "ddpm": ddpm_step(x, x0, t, s, noise, schedule),
+        "ddim": ddim_step(x, x0, t, s, noise, schedule, 0.3),
+    }
+    assert set(expected) == set(METHODS)
+    for method, moved in expected.items():
+        got = advance(method, x, prediction, t, s, noise, schedule, source=kind, eta=0.3)
+        torch.testing.assert_close(got, moved, rtol=1e-11, atol=1e-11)
 
 
 @pytest.mark.parametrize("kind", ["eps", "v"])
