@@ -16,7 +16,7 @@ from dbtheory import ExactExperts, Preference, QuadraticReward
 from dbtheory.blend_error import blend_error, blend_error_series, blend_potential, combined_reward
 from dbtheory.expansion import reward_cumulants
 from proofs_check.claim import Row
-from proofs_check.problems import Problem, random_problems
+from proofs_check.problems import Problem, largest_deviation, random_problems
 
 SOURCE = "paper Lemma 1, eq. 9 and 10; MATH.md 4"
 ROUNDING = 1e-12
@@ -58,9 +58,8 @@ def _score_difference(
 
 def _blend(problem: Problem, scale: float = 1.0) -> tuple[dict[str, QuadraticReward], dict[str, float]]:
     """The rewards by name, and the coefficients of the problem's preference at this KL scale."""
-    rewards = {f"r{i}": reward for i, reward in enumerate(problem.rewards)}
-    preference = Preference(dict(zip(rewards, problem.w, strict=True)), scale)
-    return rewards, {name: float(c) for name, c in preference.coefficients().items()}
+    preference = Preference(dict(zip(problem.named, problem.w, strict=True)), scale)
+    return problem.named, {name: float(c) for name, c in preference.coefficients().items()}
 
 
 def _sign() -> Iterator[Row]:
@@ -69,7 +68,7 @@ def _sign() -> Iterator[Row]:
     yield Row(f"points with G < 0 on the simplex, of {len(on_simplex)} in 2,000 problems", float(violations), 0.0)
     beyond = torch.cat([_potential(p, {"r": p.rewards[0]}, {"base": -0.5, "r": 1.5}) for p in _many(300)])
     share = float((beyond < -ROUNDING).double().mean())
-    yield Row(f"control: share of {len(beyond)} points with G < 0 at a KL scale of 1.5", share, 0.99, ">=")
+    yield Row(f"negative control: share of {len(beyond)} points with G < 0 at a KL scale of 1.5", share, 0.99, ">=")
 
 
 def _many(count: int) -> Iterator[Problem]:
@@ -85,7 +84,7 @@ def _leading_term() -> Iterator[Row]:
     errors, remainders = [], []
     for problem in random_problems(30, (1, 2), seed=5, lowest_t=0.1):
         rewards, coefficients = _blend(problem, scale=1.4)
-        alpha = 100 * problem.alpha * max(1.0, _deviation(problem))
+        alpha = 100 * problem.alpha * max(1.0, largest_deviation(problem, problem.rewards, problem.alpha))
         arguments = (problem.prior, rewards, coefficients, alpha, problem.schedule, problem.x, problem.t)
         pairs = _pairwise_variances(problem, rewards, coefficients, alpha)
         leading = blend_error_series(*arguments, order=2)[0]
@@ -111,9 +110,3 @@ def _pairwise_variances(
             total = total + 0.5 * c_i * c_j * cumulants[1]
     (gradient,) = torch.autograd.grad(total.sum(), x)
     return gradient
-
-
-def _deviation(p: Problem) -> float:
-    """The largest sd(R | x_t = x) of the two rewards at the problem's points, at its own alpha."""
-    variances = [reward_cumulants(p.prior, r, p.alpha, p.schedule, p.x, p.t, order=2)[1] for r in p.rewards]
-    return float(torch.stack(variances).max()) ** 0.5

@@ -2,7 +2,8 @@
 `D = grad_x log p_R(r|x) + d_r log p_R(r|x) grad_x E[R|x]`, so that `|gap| <= sd(e^R/F - c R) sqrt(E|D|^2)`.
 
 Because `E[D] = E[R D] = 0`. At c = 0 the first factor is the paper's L2; the least bound is at the regression
-coefficient of e^R/F on R. Without the hypothesis the statement is false.
+coefficient of e^R/F on R. Without the hypothesis the statement is false. The bound need not be tight: where alpha is
+small against a reward, as for a tenth of the linear ones here, the spread of e^R/F is exponentially large.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -14,13 +15,12 @@ from torch import Tensor
 
 from dbtheory import GaussianMixture, LinearReward, QuadraticReward, RectifiedFlow, jensen_gap
 from dbtheory.bounds import density_lemma
-from dbtheory.reward import FunctionReward, Reward
+from dbtheory.reward import Reward, SmoothReward
 from dbtheory.reward_law import HypothesisError
 from proofs_check.claim import Row
-from proofs_check.problems import Problem, quantiles, random_problems, reference_gap
+from proofs_check.problems import Problem, random_problems, reference_gap, violations
 
 SOURCE = "in place of paper Lemma 2; MATH.md 5"
-ROUNDING = 1e-12  # of the gap, next to the data where it vanishes
 SHAPES: tuple[Callable[[Tensor], Tensor], ...] = (
     torch.asinh,
     lambda z: 0.2 * z + z.tanh(),
@@ -32,7 +32,7 @@ SHAPES: tuple[Callable[[Tensor], Tensor], ...] = (
 def check() -> Iterator[Row]:
     generator = torch.Generator().manual_seed(4)
     line = [(p, _monotone(i, p, generator)) for i, p in enumerate(random_problems(1000, (1,), 5, points=1, rewards=1))]
-    yield from _rows("on a line, strictly monotone rewards", line)
+    yield from _rows("in 1-D, strictly monotone rewards", line)
     space = [(p, LinearReward(p.rewards[0].b)) for p in random_problems(1000, (1, 2, 3), 6, points=1, rewards=1)]
     yield from _rows("in 1 to 3 dimensions, linear rewards", space)
     yield from _counterexample()
@@ -43,11 +43,11 @@ def _monotone(index: int, problem: Problem, generator: torch.Generator) -> Rewar
     sharpness, size, sign = (torch.rand(3, generator=generator, dtype=torch.float64) + 0.5).tolist()
     place = float(problem.prior.means[0])
     shape, scale = SHAPES[index % len(SHAPES)], problem.alpha * size * (1 if sign > 1 else -1)
-    return FunctionReward(lambda x: scale * shape(sharpness * (x.squeeze(-1) - place)))
+    return SmoothReward(lambda x: scale * shape(sharpness * (x.squeeze(-1) - place)))
 
 
 def _rows(name: str, problems: Sequence[tuple[Problem, Reward]]) -> Iterator[Row]:
-    lemmas = [density_lemma(p.prior, reward, p.alpha, p.schedule, p.x, p.t) for p, reward in problems]
+    lemmas = [density_lemma(*p.arguments(reward)) for p, reward in problems]
     gaps = [reference_gap(problem, reward) for problem, reward in problems]
     gap = _norms(gaps)
     # of the terms that cancel in these means
@@ -59,15 +59,14 @@ def _rows(name: str, problems: Sequence[tuple[Problem, Reward]]) -> Iterator[Row
     }
     for identity, error in errors.items():
         largest = float((_norms(error) / scale).max())
-        yield Row(f"{identity} {name}: largest error, of the size of what is averaged", largest, 1e-9)
-    for c, of in (("0", lambda b: b.bound), ("1", lambda b: b.unit_bound), ("best", lambda b: b.best_bound)):
-        yield _violations(f"{name}, c = {c}", gap, torch.cat([of(lemma) for lemma in lemmas]), len(problems))
-
-
-def _violations(name: str, gap: Tensor, bound: Tensor, count: int) -> Row:
-    ratio = quantiles((bound / gap)[gap > ROUNDING])
-    what = f"violations in {count} random problems {name} (bound/|gap|: {ratio})"
-    return Row(what, int((gap > (1 + 1e-9) * bound + ROUNDING).sum()), 0)
+        yield Row(f"{identity} {name}: largest error / size of the averaged terms", largest, 1e-9)
+    bounds = {
+        "c = 0": [lemma.bound for lemma in lemmas],
+        "c = 1": [lemma.unit_bound for lemma in lemmas],
+        "the best c": [lemma.best_bound for lemma in lemmas],
+    }
+    for c, bound in bounds.items():
+        yield violations(f"of the bound at {c} {name}", gap, torch.cat(bound), len(problems))
 
 
 def _norms(vectors: Sequence[Tensor]) -> Tensor:
@@ -96,7 +95,7 @@ def _counterexample() -> Iterator[Row]:
         refused = 0
     except HypothesisError:
         refused = 1
-    yield Row("density_lemma refuses that reward", refused, 1, ">=")
+    yield Row("density_lemma refuses R = -5/2 |x_0|^2 in the plane: 1 where it does", refused, 1, ">=")
 
 
 def _radial_terms() -> tuple[float, float]:

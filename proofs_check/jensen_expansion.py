@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from dbtheory import GaussianMixture, LinearReward, VPLinear, jensen_gap
-from dbtheory.expansion import convergence_radius, gap_series, reward_cumulants
+from dbtheory.expansion import convergence_radius, gap_series
 from proofs_check.claim import Row
-from proofs_check.problems import Problem, random_problems
+from proofs_check.problems import Problem, largest_deviation, random_problems
 from toys import get
 
 SOURCE = "paper eq. 8 (the Jensen approximation); MATH.md 3"
@@ -38,23 +38,15 @@ def _orders() -> Iterator[Row]:
         problems = random_problems(30, (1, 2), seed=0, lowest_t=0.1)
         fitted = [math.log2(_remainder(p, 2 * size, order) / _remainder(p, size, order)) for p in problems]
         worst = max(abs(slope - order - 1) for slope in fitted)
-        yield Row(
-            f"distance of the fitted order in 1/alpha from {order + 1}, terms up to n = {order}", worst, tolerance
-        )
+        yield Row(f"|fitted order in 1/alpha - {order + 1}|, terms up to n = {order}", worst, tolerance)
 
 
 def _remainder(problem: Problem, size: float, order: int) -> float:
     """Norm of the gap less its terms up to `order`, at the alpha where the largest sd(R | x) is `size`."""
-    p = problem
-    arguments = (p.prior, p.combined, _deviation(p) / size, p.schedule, p.x, p.t)
+    arguments = problem.arguments(alpha=largest_deviation(problem, [problem.combined]) / size)
     # the term of order 1 is the Jensen control, which the gap leaves out
     terms = gap_series(*arguments, order=order) if order > 1 else torch.zeros(1)
     return float((jensen_gap(*arguments) - terms.sum(0)).norm())
-
-
-def _deviation(p: Problem) -> float:
-    """The largest sd(r | x_t = x) of the problem's points."""
-    return float(reward_cumulants(p.prior, p.combined, 1.0, p.schedule, p.x, p.t, order=2)[1].max()) ** 0.5
 
 
 def _convergence() -> Iterator[Row]:
@@ -69,9 +61,7 @@ def _convergence() -> Iterator[Row]:
 def _series(problem: Problem) -> tuple[Tensor, Tensor]:
     """At each point the radius, and the relative error of the partial sum."""
     # At the alpha where sd(R | x) is at most 3: with more, high moments drown the cumulants in rounding.
-    p = problem
-    alpha = _deviation(p) / 3
-    arguments = (p.prior, p.combined, alpha, p.schedule, p.x, p.t)
+    arguments = problem.arguments(alpha=largest_deviation(problem, [problem.combined]) / 3)
     gap, terms = jensen_gap(*arguments), gap_series(*arguments, order=TERMS)
     return convergence_radius(*arguments), (terms.sum(0) - gap).norm(dim=-1) / gap.norm(dim=-1)
 

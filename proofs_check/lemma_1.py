@@ -12,10 +12,9 @@ import torch
 from torch import Tensor
 
 from dbtheory import jensen_gap, tilt
-from dbtheory.mixture import GaussianMixture
 from dbtheory.reward import QuadraticReward
 from proofs_check.claim import Row
-from proofs_check.problems import Problem, random_problems
+from proofs_check.problems import Problem, random_problems, reverse_drift
 
 SOURCE = "paper Lemma 1, eq. 9 and 10; MATH.md 4"
 DIMENSIONS = tuple(range(1, 9))
@@ -37,7 +36,7 @@ def check() -> Iterator[Row]:
 
 
 def _gap(route: str) -> Gap:
-    return lambda p, reward, alpha: jensen_gap(p.prior, reward, alpha, p.schedule, p.x, p.t, route=route)
+    return lambda p, reward, alpha: jensen_gap(*p.arguments(reward, alpha), route=route)
 
 
 def _errors(problems: Sequence[Problem], scales: Sequence[float], gap: Gap) -> tuple[Tensor, Tensor]:
@@ -50,27 +49,22 @@ def _errors(problems: Sequence[Problem], scales: Sequence[float], gap: Gap) -> t
 def _equation_9(p: Problem, gap: Gap) -> Tensor:
     """`f_{r(w)} = sum w_i f_i + g^2 (sum w_i gap_i - gap_w)`."""
     rewards = [*p.rewards, p.combined]
-    *drifts, exact = [_drift(p, tilt(p.prior, reward, p.alpha)) for reward in rewards]
+    *drifts, exact = [reverse_drift(p, tilt(p.prior, reward, p.alpha)) for reward in rewards]
     *gaps, gap_w = [_g2(p) * gap(p, reward, p.alpha) for reward in rewards]
     blend, gaps_of_blend = _weighted(p.w, drifts), _weighted(p.w, gaps)
-    base = _drift(p, p.prior)
+    base = reverse_drift(p, p.prior)
     return _relative(exact - (blend + gaps_of_blend - gap_w), [f - base for f in [*drifts, exact]] + [*gaps, gap_w])
 
 
 def _equation_10(p: Problem, scale: float, gap: Gap) -> Tensor:
     """`f_{alpha/lambda} = (1 - lambda) f_prior + lambda f_r + g^2 (lambda gap_1 - gap_lambda)`."""
     reward = p.combined
-    base, aligned = _drift(p, p.prior), _drift(p, tilt(p.prior, reward, p.alpha))
-    exact = _drift(p, tilt(p.prior, reward, p.alpha / scale))
+    base, aligned = reverse_drift(p, p.prior), reverse_drift(p, tilt(p.prior, reward, p.alpha))
+    exact = reverse_drift(p, tilt(p.prior, reward, p.alpha / scale))
     gap_1, gap_scaled = _g2(p) * gap(p, reward, p.alpha), _g2(p) * gap(p, reward, p.alpha / scale)
     blend = (1 - scale) * base + scale * aligned
     terms = [exact - base, aligned - base, gap_1, gap_scaled]
     return _relative(exact - (blend + scale * gap_1 - gap_scaled), terms)
-
-
-def _drift(p: Problem, law: GaussianMixture) -> Tensor:
-    """`f x - g^2 score` (paper eq. 2 and 5)."""
-    return p.schedule.drift_rate(p.t) * p.x - _g2(p) * law.noised(p.schedule, p.t).score(p.x)
 
 
 def _g2(p: Problem) -> Tensor:

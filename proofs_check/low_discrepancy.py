@@ -5,6 +5,11 @@ that a sample stays far closer to DB-MPA's own path under the same noise than wi
 The paper draws independently (Proposition 2); this order is ours. Both cost one evaluation a step. Sums of weight minus
 draw stay bounded here, so by summation by parts the distance to the path is of strong order 1 in the step; independent
 draws leave order 1/2. The gain grows accordingly with the number of steps, and falls with w (1 - w).
+
+Two families of statistical rows, each with a false-alarm level of 1e-5, Bonferroni-corrected. Laws: 30 tests (6 steps
+of 5 laws), chi-square quantiles at 1e-5/30. Batches: 6 one-sided tests (3 rows, 2 coordinates); the variance of 64
+means over that of independent samples is chi-square with 63 degrees of freedom, over 63: the bound is the root of its
+quantile at 1e-5/6. Distances and orders of paths are measured on one draw and carry no level.
 """
 
 from __future__ import annotations
@@ -47,20 +52,22 @@ def _laws() -> Iterator[Row]:
     steps, phase = (0, 1, 2, 7, 49, 199), _uniform(20_000, 0)
     level = FALSE_ALARM / (len(steps) * len(LAWS))
     right = [_chi_square(rotation_choice(law, k, phase), law, level) for law in LAWS for k in steps]
-    yield Row("law of each step's draw: largest chi-square over its critical value at 1e-5", max(right), 1.0)
+    yield Row("law of each step's draw: largest chi-square over its critical value", max(right), 1.0)
     off = [(law, (law[0] + 0.04, *law[1:-1], law[-1] - 0.04)) for law in LAWS if law[-1] > 0.04]
     wrong = [max(_chi_square(rotation_choice(law, k, phase), other, level) for k in steps) for law, other in off]
-    yield Row("control: the same for probabilities off by 0.04, smallest over the laws", min(wrong), 1.0, ">=")
+    what = "negative control: largest chi-square of a law's steps over its critical value for probabilities off by 0.04"
+    yield Row(f"{what}, smallest over the laws", min(wrong), 1.0, ">=")
 
 
 def _proportions() -> Iterator[Row]:
     """Counts after each of 200 steps, for 300 samples: distance to `k w`, over the bound of the nested rotation."""
     two, more = ([_worst(rotation_choice, law) for law in LAWS if (len(law) == 2) is pair] for pair in (True, False))
     yield Row("two experts: largest |count - k w| over all prefixes", max(two), 1.0)
-    yield Row("three and four experts: the same, over the nested bound", max(more), 1.0)
-    yield Row("two experts whose weights change at every step: |count - sum of weights|", _worst_changing(), 1.0)
+    yield Row("three and four experts: largest |count - k w| over all prefixes, over the nested bound", max(more), 1.0)
+    yield Row("two experts, new weights at every step: largest |count - sum of weights|", _worst_changing(), 1.0)
     independent = min(_worst(independent_choice, law) for law in LAWS)
-    yield Row("control: independent draws, over these bounds", independent, 1.0, ">=")
+    what = "negative control: independent draws, largest |count - k w| over the bound for the low-discrepancy order"
+    yield Row(f"{what}, smallest over the laws", independent, 1.0, ">=")
 
 
 def _paths() -> Iterator[Row]:
@@ -71,22 +78,23 @@ def _paths() -> Iterator[Row]:
         yield Row(f"ring of six, {steps} steps: distance to MPA, low-discrepancy over iid", ratio, 1 / 3)
     # iid's error shrinks with w (1 - w), the rotation's does not: the gain of 3 needs more steps at small weights
     ratio = _ratio(ring, Preference({"east": 0.1, "north": 0.9}), 25, 4000)
-    yield Row("where the gain is below 3: the same at w = 0.1, 25 steps", ratio, 1 / 3, ">=")
+    what = "ring of six, w = 0.1, 25 steps: the gain is below 3, distance to MPA, low-discrepancy over iid"
+    yield Row(what, ratio, 1 / 3, ">=")
     yield Row(
         "strong order towards MPA's path, Gaussian experts: low-discrepancy", _order("low-discrepancy"), 0.9, ">="
     )
-    yield Row("the same: iid", _order("iid"), 0.6)
+    yield Row("strong order towards MPA's path, Gaussian experts: iid", _order("iid"), 0.6)
 
 
 def _batches() -> Iterator[Row]:
     """One draw for a batch: 64 batches of 64 samples, and the spread of a batch's mean."""
-    # 2 coordinates in 3 rows: above this the means of 64 batches vary more than those of independent samples
+    # 3 rows, 2 coordinates: above this the means of 64 batches vary more than those of independent samples
     critical = float(stats.chi2.isf(FALSE_ALARM / 6, 63) / 63) ** 0.5
     what = "spread of a batch's mean over that of independent samples"
     yield Row(f"{what}: iid, a draw a sample", _spread("iid", False), critical)
-    yield Row("the same: low-discrepancy, a draw a sample", _spread("low-discrepancy", False), critical)
-    yield Row("the same: low-discrepancy, one draw a batch", _spread("low-discrepancy", True), critical)
-    yield Row("the same: iid, one draw a batch, which correlates it", _spread("iid", True), 2.0, ">=")
+    yield Row(f"{what}: low-discrepancy, a draw a sample", _spread("low-discrepancy", False), critical)
+    yield Row(f"{what}: low-discrepancy, one draw a batch", _spread("low-discrepancy", True), critical)
+    yield Row(f"negative control: {what}: iid, one draw a batch, which correlates it", _spread("iid", True), 2.0, ">=")
 
 
 def _chi_square(draws: Tensor, law: Sequence[float], level: float) -> float:

@@ -120,9 +120,8 @@ def _mass() -> Iterator[Row]:
 def _equal_variances() -> Row:
     worst = 0.0
     for index, problem in enumerate(random_problems(30, (1, 2, 3), seed=5)):
-        rewards = {f"r{i}": reward for i, reward in enumerate(problem.rewards)}
-        experts = ExactExperts(problem.prior, rewards, problem.alpha, problem.schedule)
-        preference = Preference(dict(zip(rewards, problem.w, strict=True)), (0.5, 1.0, 1.7)[index % 3])
+        experts = ExactExperts(problem.prior, problem.named, problem.alpha, problem.schedule)
+        preference = Preference(dict(zip(problem.named, problem.w, strict=True)), (0.5, 1.0, 1.7)[index % 3])
         step = Step(0, 1, problem.t, 0.0, torch.zeros(len(problem.x), dtype=torch.float64))
         covariance: Tensor | float = 0.3 * torch.eye(problem.prior.dim, dtype=torch.float64) if index % 2 else 0.3
         blends = (MeanBlend(preference), PrecisionBlend(preference, dict.fromkeys(experts.names, covariance)))

@@ -1,6 +1,6 @@
 """Random alignment problems for the claims: a prior, quadratic rewards, a preference, and points at a time."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import reduce
 from operator import add
@@ -9,9 +9,14 @@ import torch
 from torch import Tensor
 
 from dbtheory import VE, GaussianMixture, QuadraticReward, RectifiedFlow, VPLinear, jensen_gap
+from dbtheory.expansion import reward_cumulants
+from dbtheory.law import Law
 from dbtheory.reward import RBFReward, Reward, TanhReward
 from dbtheory.schedule import NoiseSchedule
+from proofs_check.claim import Row
 
+ROUNDING = 1e-12  # of the gap, next to the data where it vanishes
+Arguments = tuple[GaussianMixture, Reward, float, NoiseSchedule, Tensor, float]
 SCHEDULES: tuple[NoiseSchedule, ...] = (VPLinear(), VE(), RectifiedFlow())
 
 
@@ -31,6 +36,16 @@ class Problem:
     def combined(self) -> QuadraticReward:
         """`r(w) = sum_i w_i r_i`."""
         return reduce(add, (w * reward for w, reward in zip(self.w, self.rewards, strict=True)))
+
+    @property
+    def named(self) -> dict[str, QuadraticReward]:
+        """The rewards as "r0", "r1", ..."""
+        return {f"r{i}": reward for i, reward in enumerate(self.rewards)}
+
+    def arguments(self, reward: Reward | None = None, alpha: float | None = None) -> Arguments:
+        """What controls, gaps and bounds take; the combined reward and the problem's alpha unless given."""
+        chosen = self.combined if reward is None else reward
+        return self.prior, chosen, self.alpha if alpha is None else alpha, self.schedule, self.x, self.t
 
 
 def random_problems(
@@ -87,13 +102,31 @@ def bounded_reward(problem: Problem, generator: torch.Generator) -> Reward:
 
 
 def reference_gap(problem: Problem, reward: Reward) -> Tensor:
-    """The Jensen gap (n, d): closed where the reward is quadratic, else on a lattice (2,048 nodes on a line)."""
+    """The Jensen gap (n, d): closed where the reward is quadratic, else on a lattice (2,048 nodes in 1-D)."""
     route = None if isinstance(reward, QuadraticReward) else "grid"
-    return jensen_gap(problem.prior, reward, problem.alpha, problem.schedule, problem.x, problem.t, route=route)
+    return jensen_gap(*problem.arguments(reward), route=route)
+
+
+def reverse_drift(problem: Problem, law: Law) -> Tensor:
+    """`f x - g^2 score` (n, d) with the score of this law after noising (paper eq. 2 and 5)."""
+    f, g2 = problem.schedule.drift_rate(problem.t), problem.schedule.diffusion_squared(problem.t)
+    return f * problem.x - g2 * law.noised(problem.schedule, problem.t).score(problem.x)
+
+
+def largest_deviation(problem: Problem, rewards: Iterable[Reward], alpha: float = 1.0) -> float:
+    """The largest sd(r/alpha | x_t = x) of these rewards at the problem's points."""
+    return float(max(reward_cumulants(*problem.arguments(r, alpha), order=2)[1].max() for r in rewards)) ** 0.5
+
+
+def violations(what: str, gap: Tensor, bound: Tensor, problems: int) -> Row:
+    """How often |gap| exceeds its bound by more than rounding, and quantiles of bound/|gap| over gaps above it."""
+    ratio = quantiles((bound / gap)[gap > ROUNDING])
+    found = int((gap > (1 + 1e-9) * bound + ROUNDING).sum())
+    return Row(f"violations {what}, {len(gap)} points of {problems} problems (bound/|gap|: {ratio})", found, 0)
 
 
 def quantiles(values: Tensor) -> str:
     """The least value and the 10, 50 and 90 % quantiles, in words."""
     ranks = torch.tensor([0.1, 0.5, 0.9], dtype=values.dtype)
     low, median, high = values.quantile(ranks).tolist()
-    return f"least {values.min().item():.3f}, median {median:.3g}, 10-90 % {low:.3g}-{high:.3g}"
+    return f"least {values.min().item():.3f}, median {median:.3g}, 10 %: {low:.3g}, 90 %: {high:.3g}"

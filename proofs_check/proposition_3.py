@@ -1,7 +1,7 @@
 """For any independent noise Z, Gaussian or not: if `Y` has the tilted density `C p(y) e^{r(y)/alpha}`, then `Y + Z` has
 density `C p_{X+Z}(x) E[e^{r(X)/alpha} | X + Z = x]` and score `grad log p_{X+Z} + grad log E[e^{r(X)/alpha} | X + Z]`.
 
-On a line with Laplace, uniform, Student-t and two-peaked noise, which no diffusion makes: the left sides integrate the
+In 1-D with Laplace, uniform, Student-t and two-peaked noise, which no diffusion makes: the left sides integrate the
 tilted law and its slope over the noise; the right sides integrate the prior alone over X given X + Z, and are
 differentiated by finite differences. In up to three dimensions, with noise that is a Gaussian mixture, both sides are
 closed. Errors of densities are relative to the largest density, of scores to the largest score of the points.
@@ -39,10 +39,10 @@ class Noise:
 
 
 NOISES = {
-    "Laplace": Noise(partial(stats.laplace.pdf, scale=0.6), (0.0,)),
-    "uniform": Noise(lambda z: 0.5 * (np.abs(z) < 1), (-1.0, 1.0)),
-    "Student's t with 3 degrees": Noise(partial(stats.t.pdf, df=3, scale=0.5)),
-    "two-peaked": Noise(lambda z: 0.5 * (stats.norm.pdf(z, -1, 0.3) + stats.norm.pdf(z, 1, 0.3))),
+    "Laplace noise": Noise(partial(stats.laplace.pdf, scale=0.6), (0.0,)),
+    "uniform noise": Noise(lambda z: 0.5 * (np.abs(z) < 1), (-1.0, 1.0)),
+    "Student-t noise (3 degrees of freedom)": Noise(partial(stats.t.pdf, df=3, scale=0.5)),
+    "two-peaked noise": Noise(lambda z: 0.5 * (stats.norm.pdf(z, -1, 0.3) + stats.norm.pdf(z, 1, 0.3))),
 }
 
 
@@ -54,12 +54,12 @@ def check() -> Iterator[Row]:
     tanh = TanhReward(_tensor([[1.5], [-0.7]]), _tensor([0.3, 0.5]), _tensor([1.0, 0.8]))
     for name, noise in NOISES.items():
         density, score = _errors(prior, quadratic, noise, noise)
-        yield Row(f"{name} noise, quadratic reward: density with its constant C = 1/Z", density, 1e-10)
-        yield Row(f"{name} noise, quadratic reward: score", score, 1e-8)
-        yield Row(f"{name} noise, tanh reward: score", _errors(prior, tanh, noise, noise)[1], 1e-8)
+        yield Row(f"{name}, quadratic reward: density with its constant C = 1/Z", density, 1e-10)
+        yield Row(f"{name}, quadratic reward: score", score, 1e-8)
+        yield Row(f"{name}, tanh reward: score", _errors(prior, tanh, noise, noise)[1], 1e-8)
     yield Row("Gaussian-mixture noise in 1 to 3 dimensions, 30 problems: score", _mixture_error(), 1e-10)
     wider = Noise(partial(stats.laplace.pdf, scale=0.66), (0.0,))
-    density, score = _errors(prior, quadratic, NOISES["Laplace"], wider)
+    density, score = _errors(prior, quadratic, NOISES["Laplace noise"], wider)
     yield Row("negative control: Y with noise one tenth wider than X's, density", density, 1e-3, ">=")
     yield Row("negative control: Y with noise one tenth wider than X's, score", score, 1e-3, ">=")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import importlib
 import inspect
+import math
 import os
 import pkgutil
 import time
@@ -24,6 +25,10 @@ import proofs_check
 from proofs_check.claim import FAILS, REFUTED, Row
 
 NO_CLAIMS = {"claim", "problems", "report"}
+LEGEND = (
+    "R = r(x_0)/alpha; F = E[e^R | x_t]; u = grad log F; gap = u - grad E[R | x_t]; x_t = a x_0 + s z; "
+    "E, Var, sd given x_t"
+)
 
 
 @dataclass(frozen=True)
@@ -103,18 +108,19 @@ def as_json(claims: Iterable[Claim]) -> dict[str, Any]:
 
 
 def print_table(claims: Sequence[Claim], console: Console) -> None:
-    """What holds or fails; then what the paper prints and does not hold; then the count."""
+    """What holds or fails; then what the paper prints and does not hold; legend and count."""
     held = [(claim, row) for claim in claims for row in claim.rows if row.verdict != REFUTED]
     refuted = [(claim, row) for claim in claims for row in claim.rows if row.verdict == REFUTED]
     console.print(_table("Claims", held))
     if refuted:
-        console.print(_table("Printed in the paper, and not so: counterexamples, computed just now", refuted))
+        console.print(_table("Stated in the paper, but refuted here: counterexamples, computed just now", refuted))
+    console.print(escape(LEGEND), highlight=False)
     failures = sum(not row.met for _, row in held)
     console.print(f"{len(held) - failures} rows hold, {failures} fail, {len(refuted)} refute what is printed")
 
 
 def as_html(claims: Sequence[Claim]) -> str:
-    """One page without scripts: each claim's statement and source over the table of its rows."""
+    """One page without scripts: each claim's statement and source over the table of its rows; the legend last."""
     sections = []
     for claim in claims:
         rows = "".join(
@@ -130,6 +136,7 @@ def as_html(claims: Sequence[Claim]) -> str:
         )
     return (
         f"<!doctype html><html lang='en'><meta charset='utf-8'><title>dblend verify</title>{_STYLE}{''.join(sections)}"
+        f'<p class="source">{html.escape(LEGEND)}</p>'
     )
 
 
@@ -158,8 +165,8 @@ def _bound(row: Row) -> str:
     return f"{row.sense} {row.bound:.3g}"
 
 
-def _number(value: float) -> float | str:
-    return value if value - value == 0 else str(float(value))
+def _number(value: float | int) -> float | int | str:
+    return value if math.isfinite(value) else str(float(value))
 
 
 _STYLE = """<style>

@@ -38,7 +38,7 @@ class Verify:
     """Check every claim of the theory, live: what was measured beside its bound. Exit code 1 if one fails."""
 
     claim: UseAppendAction[tuple[str, ...]] = ()
-    """Only this claim, e.g. proposition-1; may be given several times."""
+    """Only this claim, e.g. proposition-1; may be given several times; a wrong name lists them all."""
     json: Path | None = None
     """Write the rows to this file."""
     html: Path | None = None

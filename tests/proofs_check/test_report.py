@@ -81,13 +81,14 @@ def test_nan_meets_nothing() -> None:
 
 
 def test_a_passing_claim_exits_0_and_is_written(made_up: Callable, tmp_path: Path, capsys) -> None:
-    """The table, the JSON and the page hold the same row; brackets in words survive; infinities stay readable."""
+    """The table, the JSON and the page hold the same row; brackets and the legend survive; infinities stay readable."""
     made_up([Row("one [sic]", 1.0, 4.0), Row("wrong", 9.0, 1.0, ">=", refutes=True), Row("exact", 0.0, 1e-9)])
     main(["verify", "--json", str(tmp_path / "rows.json"), "--html", str(tmp_path / "rows.html")])
     out = capsys.readouterr().out
     assert "made-up (paper eq. 0): Up is up [of course]." in out
     assert "one [sic]" in out
     assert "2 rows hold, 0 fail, 1 refute what is printed" in out
+    assert report.LEGEND in out
     first, second, third = json.loads((tmp_path / "rows.json").read_text())["claims"]
     assert {key: first[key] for key in ("name", "statement", "source", "measured", "bound", "margin", "verdict")} == {
         "name": "made-up: one [sic]", "statement": "Up is up [of course].", "source": "paper eq. 0",
@@ -95,7 +96,9 @@ def test_a_passing_claim_exits_0_and_is_written(made_up: Callable, tmp_path: Pat
     }  # fmt: skip
     assert second["verdict"] == REFUTED
     assert float(third["margin"]) == math.inf
-    assert "one [sic]" in (tmp_path / "rows.html").read_text()
+    page = (tmp_path / "rows.html").read_text()
+    assert "one [sic]" in page
+    assert report.LEGEND in page
 
 
 @pytest.mark.parametrize("row", [Row("x", 4.0, 1.0), Row("x", 1.0, 4.0, ">=", refutes=True), Row("x", math.nan, 1.0)])
@@ -143,4 +146,4 @@ def test_every_claim_holds(tmp_path: Path, capsys) -> None:
     rows = json.loads((tmp_path / "rows.json").read_text())["claims"]
     assert {row["name"].split(":")[0] for row in rows} == set(report.names())
     assert {row["verdict"] for row in rows} == {HOLDS, REFUTED}
-    assert "Printed in the paper, and not so" in capsys.readouterr().out
+    assert "Stated in the paper, but refuted here" in capsys.readouterr().out
