@@ -27,7 +27,8 @@ from proofs_check.claim import Row
 SOURCE = "beyond the paper: Lemma 1's error removed; MATH.md 8"
 SETTINGS = [(0.5, 1.0), (1.0, 0.5), (1.0, 1.5)]  # weight of the first reward, KL scale
 FALSE_ALARM = 1e-5
-PARTICLES, STEPS, MODES = 12_000, 200, 6
+# as many particles as leave the bias of so many steps within a standard error
+PARTICLES, STEPS, MODES = 6000, 400, 6
 # two-sided, over the mean weight and every mode's mass in every setting
 Z_BOUND = float(stats.norm.isf(FALSE_ALARM / 2 / (len(SETTINGS) * (1 + MODES))))
 SIZES, RUNS, RUN_STEPS = (32, 128, 512), 80, 20

@@ -132,10 +132,14 @@ def _particles() -> Iterator[Row]:
     law, wrong = (_distribution(_chain_law(experts, p, nodes, steps), nodes) for p in (PARTIAL, WRONG))
     tail = float(stats.kstwobign.isf(FALSE_ALARM / 3))
     one, two = tail / n**0.5, tail / (n / 2) ** 0.5
+    ends = np.linspace(-4, 4, 801)
+    apart = float(np.abs(law(ends) - _distribution(_mean_chain_law(experts, nodes, steps), nodes)(ends)).max())
     said = "Kolmogorov-Smirnov, 20,000 samples of LS"
     yield Row(f"{said} iid against the law of its chain", _ks(runs["iid"], law), one)
-    yield Row(f"{said} iid against as many of MPA", _ks(runs["iid"], runs["mean"]), two)
-    yield Row(f"{said} low-discrepancy against as many of MPA", _ks(runs["low"], runs["mean"]), two)
+    # the chains' laws differ by O(h), which the bound allows for beside chance
+    mean = f"as many of MPA, whose law lies {apart:.4f} from that of LS iid"
+    yield Row(f"{said} iid against {mean}", _ks(runs["iid"], runs["mean"]), two + apart)
+    yield Row(f"{said} low-discrepancy against {mean}", _ks(runs["low"], runs["mean"]), two + apart)
     what = f"negative control: {said} iid against the law of the chain for weights off by 0.1"
     yield Row(what, _ks(runs["iid"], wrong), one, ">=")
 
@@ -241,6 +245,12 @@ def _chain_law(experts: ExactExperts, preference: Preference, nodes: Tensor, ste
     return chain_densities(lambda x, t: experts.predict(x, t, experts.names), weights, experts.schedule, nodes, grid)[
         -1
     ]
+
+
+def _mean_chain_law(experts: ExactExperts, nodes: Tensor, steps: int) -> Tensor:
+    """Density of MPA's own chain at END: that of one expert with the mean score."""
+    grid, score = torch.linspace(1, END, steps + 1, dtype=torch.float64), _mean_score(experts, PARTIAL)
+    return chain_densities(lambda x, t: score(x, t)[None], _t([1.0]), experts.schedule, nodes, grid)[-1]
 
 
 def _distribution(density: Tensor, nodes: Tensor) -> Callable[[np.ndarray], np.ndarray]:
