@@ -75,10 +75,10 @@ def regime_map(
 
 
 def winner(errors: Mapping[str, Sequence[Sequence[float | None]]], row: int, column: int) -> str:
-    """The cheapest method of a cell that cannot be told from the best: within a quarter of it, or half of the floor."""
+    """The cheapest method of a cell within a quarter of the best, or no farther off than an independent draw."""
     cell = {name: table[row][column] for name, table in errors.items()}
     known = {name: error for name, error in cell.items() if name != "floor" and error is not None}
-    limit = max(1.25 * min(known.values()), 1.5 * (cell["floor"] or 0.0))
+    limit = max(1.25 * min(known.values()), cell["floor"] or 0.0)
     return next(name for name in BY_COST if known.get(name, math.inf) <= limit)
 
 
