@@ -35,10 +35,13 @@ class QuadraticCumulants:
         slopes = apply_each(axes.mT, apply_each(root.mT, gradients))
         return cls(posterior.log_weights, excess, slopes, curvatures.expand_as(slopes))
 
+    def __getitem__(self, rows: slice | Tensor) -> QuadraticCumulants:
+        """The same for some of the points."""
+        return QuadraticCumulants(self.log_weights[rows], self.excess[rows], self.slopes[rows], self.curvatures[rows])
+
     def split(self, rows: int) -> Iterator[QuadraticCumulants]:
         """The same for a few points after another."""
-        parts = (self.log_weights, self.excess, self.slopes, self.curvatures)
-        return (QuadraticCumulants(*piece) for piece in zip(*(part.split(rows) for part in parts), strict=True))
+        return (self[i : i + rows] for i in range(0, max(1, len(self.excess)), rows))
 
     def at(self, p: float) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"]]:
         """`K(p)` and `K'(p)`; ValueError where `E[e^(pR)]` is infinite."""
@@ -73,9 +76,45 @@ class QuadraticCumulants:
 
     def generating_function(self, z: Complex[Tensor, "n arc"]) -> Complex[Tensor, "n arc"]:
         """`E[e^(z (R - E[R]))]` at complex z, up to a positive factor; `|z|` below `1/|curvature|`."""
+        return self.terms(z).sum(1)
+
+    def terms(self, z: Complex[Tensor, "n arc"]) -> Complex[Tensor, "n K arc"]:
+        """The components' shares of `generating_function`, over their largest modulus at each z."""
         z = z[:, None, :, None]
         stretch = 1 + z * self.curvatures.unsqueeze(-2)
-        within = (0.5 * z**2 * self.slopes.unsqueeze(-2).square() / stretch - 0.5 * stretch.log()).sum(-1)
-        values = self.component_means() + 0.5 * self.curvatures.sum(-1)  # R at the component's mean less E[R]
-        logs = self.log_weights.unsqueeze(-1) + z.squeeze(-1) * values.unsqueeze(-1) + within
-        return (logs - logs.real.amax(1, keepdim=True)).exp().sum(1)
+        log_stretch = torch.complex(stretch.abs().log(), stretch.angle())  # thrice as fast as log
+        within = 0.5 * (z.square() * self.slopes.unsqueeze(-2).square() / stretch - log_stretch).sum(-1)
+        logs = self.log_weights.unsqueeze(-1) + z.squeeze(-1) * self._values().unsqueeze(-1) + within
+        return (logs - logs.real.amax(1, keepdim=True)).exp()
+
+    def rates(self, z: Complex[Tensor, "n arc"]) -> Complex[Tensor, "n K arc"]:
+        """Derivatives in z of the logs of these terms, before their largest modulus divides them."""
+        z = z[:, None, :, None]
+        curvatures, stretch = self.curvatures.unsqueeze(-2), 1 + z * self.curvatures.unsqueeze(-2)
+        within = z * self.slopes.unsqueeze(-2).square() * (1 + stretch) / stretch.square() - curvatures / stretch
+        return self._values().unsqueeze(-1) + 0.5 * within.sum(-1)
+
+    def branch_point(self) -> Float[Tensor, " n"]:
+        """The largest |z| below which every term is analytic; inf where R is linear."""
+        return 1 / self.curvatures.abs().flatten(1).amax(-1)
+
+    def arc(self, radius: Float[Tensor, " n"], count: int) -> Complex[Tensor, "n count"]:
+        """Points of the upper half circle, dense as `1/|1 - u^2|^2`, `u = z/branch_point`, is: as phases turn."""
+        angles = torch.linspace(0, torch.pi, count, dtype=radius.dtype, device=radius.device)
+        graded = torch.atan2(self._flatness(radius).unsqueeze(-1) * angles.sin(), angles.cos())
+        return radius.unsqueeze(-1) * torch.exp(1j * graded)
+
+    def phase_rate(self, radius: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
+        """Bounds how fast a term's phase turns along `arc`, per unit of its angle before it is graded."""
+        values, squares = self._values().abs().amax(-1), self.slopes.square().sum(-1).amax(-1)
+        branching = self.slopes.shape[-1] * radius / self.branch_point()
+        return (radius * values + 2 * radius.square() * squares + branching) / self._flatness(radius)
+
+    def _values(self) -> Float[Tensor, "n K"]:
+        """R at the component's mean less E[R]."""
+        return self.component_means() + 0.5 * self.curvatures.sum(-1)
+
+    def _flatness(self, radius: Tensor) -> Tensor:
+        """The ratio of the axes by which angles crowd at 0 and pi; 1 where R is linear."""
+        square = (radius / self.branch_point()).square()
+        return (1 - square) / (1 + square)

@@ -14,8 +14,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from dbtheory import GaussianMixture, LinearReward, VPLinear, jensen_gap
+from dbtheory import VE, GaussianMixture, LinearReward, VPLinear, jensen_gap
 from dbtheory.expansion import convergence_radius, gap_series
+from dbtheory.schedule import NoiseSchedule
 from proofs_check.claim import Row
 from proofs_check.problems import Problem, largest_deviation, random_problems
 from toys import get
@@ -28,6 +29,7 @@ def check() -> Iterator[Row]:
     yield from _orders()
     yield from _convergence()
     yield _radius_in_closed_form()
+    yield _radius_of_a_rare_component()
     yield _divergence_on_the_ring()
 
 
@@ -67,19 +69,33 @@ def _series(problem: Problem) -> tuple[Tensor, Tensor]:
 
 
 def _radius_in_closed_form() -> Row:
-    """Two components of one width and a linear reward: `w_1 e^(z r_1) + w_2 e^(z r_2)` times `e^(c z^2)`, whose zeros
-    are at `(log(w_1/w_2) + i pi (2k + 1))/(r_2 - r_1)`."""
     half = torch.full((2,), 0.5, dtype=torch.float64)
     means, covariances = torch.tensor([[-1.5], [1.5]]).double(), torch.full((2, 1, 1), 0.25).double()
-    prior, schedule, alpha, t = GaussianMixture(half, means, covariances), VPLinear(), 0.5, 0.5
     x = torch.linspace(-2, 2, 9).double().unsqueeze(-1)
+    error = _radius_error(GaussianMixture(half, means, covariances), 0.5, VPLinear(), x, 0.5)
+    return Row("relative error of the radius, two modes and a linear reward", error, 1e-8)
+
+
+def _radius_of_a_rare_component() -> Row:
+    """The farther a mode the rarer it may be and still decide: where the series seems to be that of one Gaussian."""
+    x, errors = torch.zeros(1, 1, dtype=torch.float64), []
+    for weight, separation, deviation in ((1e-12, 30.0, 0.05), (1e-9, 25.0, 0.05), (1e-6, 18.0, 0.1)):
+        weights = torch.tensor([1 - weight, weight], dtype=torch.float64)
+        means = torch.tensor([[0.0], [separation]], dtype=torch.float64)
+        prior = GaussianMixture(weights, means, torch.full((2, 1, 1), deviation**2, dtype=torch.float64))
+        errors.append(_radius_error(prior, 1.0, VE(), x, 1.0))
+    return Row("relative error of the radius, linear reward, the second mode far away with weight 1e-12, 1e-9 and 1e-6", max(errors), 1e-8)
+
+
+def _radius_error(prior: GaussianMixture, alpha: float, schedule: NoiseSchedule, x: Tensor, t: float) -> float:
+    """Largest relative error for two components of one width and the reward x: `E[e^(zR) | x]` is
+    `w_1 e^(z r_1) + w_2 e^(z r_2)` times `e^(c z^2)`, with zeros at `(log(w_1/w_2) + i pi (2k + 1))/(r_2 - r_1)`."""
     posterior = prior.posterior(schedule, x, t)
     distance = (posterior.means[:, 1, 0] - posterior.means[:, 0, 0]) / alpha
-    exact = torch.hypot(posterior.log_weights.diff().squeeze(-1), torch.tensor(math.pi)) / distance
+    log_odds = posterior.log_weights.diff().squeeze(-1)
+    exact = torch.hypot(log_odds, torch.full_like(log_odds, torch.pi)) / distance
     radius = convergence_radius(prior, LinearReward(torch.ones(1).double()), alpha, schedule, x, t)
-    return Row(
-        "relative error of the radius, two modes and a linear reward", float((radius / exact - 1).abs().max()), 1e-4
-    )
+    return float((radius / exact - 1).abs().max())
 
 
 def _divergence_on_the_ring() -> Row:
