@@ -84,7 +84,8 @@ def _radius_of_a_rare_component() -> Row:
         means = torch.tensor([[0.0], [separation]], dtype=torch.float64)
         prior = GaussianMixture(weights, means, torch.full((2, 1, 1), deviation**2, dtype=torch.float64))
         errors.append(_radius_error(prior, 1.0, VE(), x, 1.0))
-    return Row("relative error of the radius, linear reward, the second mode far away with weight 1e-12, 1e-9 and 1e-6", max(errors), 1e-8)
+    what = "relative error of the radius, linear reward, the second mode far away with weight 1e-12, 1e-9 and 1e-6"
+    return Row(what, max(errors), 1e-8)
 
 
 def _radius_error(prior: GaussianMixture, alpha: float, schedule: NoiseSchedule, x: Tensor, t: float) -> float:
