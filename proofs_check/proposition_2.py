@@ -185,7 +185,7 @@ def _moment_equation(experts: ExactExperts, preference: Preference) -> Tensor:
     return torch.from_numpy(solved.y[:, -1])
 
 
-def _mean_score(experts: ExactExperts, preference: Preference) -> Callable[[Tensor, float], Tensor]:
+def _mean_score(experts: ExactExperts, preference: Preference) -> Callable[[Tensor, Tensor | float], Tensor]:
     weights = _weights(experts, preference)
     return lambda x, t: torch.einsum("m,mnd->nd", weights, experts.predict(x, t, experts.names))
 
