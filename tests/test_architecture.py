@@ -33,7 +33,8 @@ LAYERS = (
     # what a reward does to a law
     {"tilt"},
     {"conditional", "grid_conditional"},
-    {"control", "expansion"},
+    {"control"},
+    {"expansion"},
     {"estimate", "dispersion", "blend_error"},
     {"reward_law"},
     {"bounds"},
