@@ -41,7 +41,8 @@ class FeynmanKac:
     those of the last step stay twins under method "ddpm", which ends without any.
 
     `form="continuous"` takes the weight above at the step's start; `form="discrete"` takes the normaliser of the
-    step's blended Gaussian kernels (MATH.md 7), which is the same thing for method "euler".
+    step's blended Gaussian kernels (MATH.md 7), which is the same thing for method "euler". No weight makes up for the
+    sampler: method "ddpm" is too narrow near the data where steps are few.
 
     Raises:
         ValueError: an `ess` outside [0, 1], an unknown form.

@@ -169,15 +169,23 @@ def _toy(name: str, out: Path, seed: int) -> dict[str, Any]:
     """Measures and draws one toy under a progress bar."""
     if out.exists() and not out.is_dir():
         raise ValueError(f"the output folder {out} is a file; choose another folder")
+    import torch
+
     from scale.progress import progress_bar
 
+    threads = torch.get_num_threads()
     with progress_bar() as bar:
         from toys import gallery
 
         task = bar.add_task(name, total=None, note="draws")
-        return gallery.run(
-            name, out, seed=seed, progress=lambda done, total: bar.update(task, completed=done, total=total)
-        )
+        try:
+            # a few thousand points at a time: threads would mostly wait for each other
+            torch.set_num_threads(1)
+            return gallery.run(
+                name, out, seed=seed, progress=lambda done, total: bar.update(task, completed=done, total=total)
+            )
+        finally:
+            torch.set_num_threads(threads)
 
 
 def _toy_table(results: Mapping[str, Any]) -> str:
