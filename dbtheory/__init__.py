@@ -21,7 +21,7 @@ from dbtheory.reward import (
     TanhReward,
 )
 from dbtheory.sampler import sample, time_grid
-from dbtheory.schedule import VE, NoiseSchedule, RectifiedFlow, VPCosine, VPDiscrete, VPLinear
+from dbtheory.schedule import VE, NoiseSchedule, RectifiedFlow, VPCosine, VPDiscrete, VPLinear, VPTabulated
 from dbtheory.tilt import tilt
 
 __all__ = [
@@ -53,6 +53,7 @@ __all__ = [
     "VPCosine",
     "VPDiscrete",
     "VPLinear",
+    "VPTabulated",
     "control",
     "estimate",
     "jensen_control",

@@ -26,17 +26,21 @@ def rotation_choice(probabilities: Probabilities, index: int, phase: Float[Tenso
 
     More than two experts nest: the steps that expert 0 leaves are counted on their own and split again, with
     an independent phase, so that each draw keeps the exact law and every prefix holds each expert in
-    proportion. For probabilities that do not change over the steps.
+    proportion. For probabilities that do not change over the steps. Experts of probability 0 take no part: a sample
+    draws the same beside samples that use them.
     """
     law = _as_tensor(probabilities, phase)
+    phases = torch.stack([_level_phase(phase, level) for level in range(law.shape[-1])])
+    # each sample counts its levels over the experts that it uses
+    levels = (law > 0).cumsum(-1).sub(1).clamp(min=0).expand(len(phase), -1)
     choice = torch.full(phase.shape, law.shape[-1] - 1, dtype=torch.int64, device=phase.device)
     undecided = torch.ones_like(choice, dtype=torch.bool)
     k = torch.full_like(choice, index).to(torch.float64)  # in float64, or k w would be rounded to float32
-    for level, w in enumerate(_conditional(law)):
-        u = _level_phase(phase, level)
+    for expert, w in enumerate(_conditional(law)):
+        u = phases.gather(0, levels[:, expert].unsqueeze(0)).squeeze(0)
         before = torch.floor(k * w + u)
         taken = torch.floor((k + 1) * w + u) > before
-        choice = torch.where(undecided & taken, level, choice)
+        choice = torch.where(undecided & taken, expert, choice)
         undecided &= ~taken
         k = k - before
     return choice

@@ -130,8 +130,8 @@ class Particles:
         c = [self.coefficients[name] for name in active]
         predictions = self.experts.predict(x, step.t, active)
         blended = combine(predictions, c)
-        variance = score_variance(predictions, blended, c, step.t, self.experts)
         schedule, span = self.experts.schedule, (step.t, step.t_next)
+        variance = score_variance(predictions, blended, c, step.t, schedule, self.experts.parametrization)
         self.certificate = self.certificate + 0.5 * euler_rate(schedule, *span) * variance
         rate = ancestral_rate(schedule, *span) if self.ancestral else euler_rate(schedule, *span)
         self.log_weights = self.log_weights - 0.5 * rate * variance
@@ -180,20 +180,21 @@ class Particles:
 def score_variance(
     predictions: Float[Tensor, "m n *event"],
     blended: Points,
-    coefficients: Sequence[float],
+    coefficients: Sequence[Amount],
     t: Tensor | float,
-    experts: Experts,
+    schedule: NoiseSchedule,
+    parametrization: str,
 ) -> Float[Tensor, " n"]:
-    """`Var_c(s) = sum_i c_i |s_i - s_bar|^2 = sum_i c_i |s_i|^2 - |s_bar|^2` of the scores, signed.
+    """`Var_c(s) = sum_i c_i |s_i - s_bar|^2 = sum_i c_i |s_i|^2 - |s_bar|^2` of the scores, signed, in float64.
 
-    Predictions and their blend `sum_i c_i prediction_i`, with `sum c = 1`, are in the experts' parametrisation.
+    Predictions and their blend `sum_i c_i prediction_i` are in one parametrisation; the m coefficients are numbers or
+    one number a sample `(n,)`, with `sum c = 1`.
     """
     # a parametrisation's affine map at x = 0 is its linear part, which is all that differences see
-    apart = convert(
-        predictions - blended, torch.zeros_like(blended), t, experts.schedule, experts.parametrization, "score"
-    )
+    apart = convert(predictions - blended, torch.zeros_like(blended), t, schedule, parametrization, "score")
     squares = apart.flatten(2).to(torch.float64).square().sum(-1)
-    return torch.as_tensor(coefficients, dtype=torch.float64, device=squares.device) @ squares
+    weights = [torch.as_tensor(c, dtype=torch.float64, device=squares.device) for c in coefficients]
+    return (torch.stack(torch.broadcast_tensors(squares[0], *weights)[1:]) * squares).sum(0)
 
 
 def euler_rate(schedule: NoiseSchedule, t: Time, t_next: Time) -> Tensor:

@@ -12,10 +12,12 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from scipy.interpolate import CubicSpline
+from jaxtyping import Float
+from scipy.interpolate import CubicSpline, PchipInterpolator
 from torch import Tensor
 
 Time = Tensor | float | int
+ZERO_SIGNAL = 2.0**-24  # what diffusers' Euler schedulers write for a terminal alpha^2 of 0
 
 
 def as_time(t: Time) -> Tensor:
@@ -142,28 +144,11 @@ class VPCosine(VariancePreserving):
         return self._rate * (as_time(t) + self.offset)
 
 
-@dataclass(frozen=True)
-class VPDiscrete(VariancePreserving):
-    """The "scaled linear" schedule of Stable Diffusion, made continuous.
+class VPPiecewise(VariancePreserving):
+    """`log alpha` as a cubic polynomial between the points `t = k/count`: a discrete schedule made continuous."""
 
-    At `t = k/count`, `k = 1..count`, `alpha^2` is the product of `1 - beta_j` over `j = 1..k`, with
-    `sqrt(beta)` linear from beta_start to beta_end: index `i` of diffusers is `t = (i + 1)/count`. A cubic
-    spline of `log alpha^2` joins these points and the data (`t = 0`).
-    """
-
-    beta_start: float = 0.00085
-    beta_end: float = 0.012
-    count: int = 1000
-    _spline: Tensor = field(init=False, repr=False, compare=False)
-
-    def __post_init__(self) -> None:
-        _require_increasing("beta_start", self.beta_start, "beta_end", self.beta_end)
-        if self.beta_end >= 1 or self.count < 2:
-            raise ValueError(f"beta_end must be < 1 and count >= 2, got {self.beta_end} and {self.count}")
-        beta = np.linspace(self.beta_start**0.5, self.beta_end**0.5, self.count) ** 2
-        log_alpha_squared = np.concatenate([[0.0], np.cumsum(np.log1p(-beta))])
-        spline = CubicSpline(np.arange(self.count + 1) / self.count, log_alpha_squared)
-        object.__setattr__(self, "_spline", torch.from_numpy(0.5 * spline.c))  # (4, count), cubic term first
+    count: int
+    _pieces: Tensor  # (4, count), float64, cubic term first
 
     def log_alpha(self, t: Time) -> Tensor:
         t = as_time(t)
@@ -179,7 +164,62 @@ class VPDiscrete(VariancePreserving):
         """Distance from the left knot and the segment's coefficients (4, ...), in float64."""
         t = t.double()
         knot = (t.detach() * self.count).floor().clamp(0, self.count - 1)
-        return t - knot / self.count, self._spline.to(t.device)[:, knot.long()]
+        return t - knot / self.count, self._pieces.to(t.device)[:, knot.long()]
+
+
+@dataclass(frozen=True)
+class VPDiscrete(VPPiecewise):
+    """The "scaled linear" schedule of Stable Diffusion, made continuous.
+
+    At `t = k/count`, `k = 1..count`, `alpha^2` is the product of `1 - beta_j` over `j = 1..k`, with
+    `sqrt(beta)` linear from beta_start to beta_end: index `i` of diffusers is `t = (i + 1)/count`. A cubic
+    spline of `log alpha^2` joins these points and the data (`t = 0`).
+    """
+
+    beta_start: float = 0.00085
+    beta_end: float = 0.012
+    count: int = 1000
+    _pieces: Tensor = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        _require_increasing("beta_start", self.beta_start, "beta_end", self.beta_end)
+        if self.beta_end >= 1 or self.count < 2:
+            raise ValueError(f"beta_end must be < 1 and count >= 2, got {self.beta_end} and {self.count}")
+        beta = np.linspace(self.beta_start**0.5, self.beta_end**0.5, self.count) ** 2
+        log_alpha_squared = np.concatenate([[0.0], np.cumsum(np.log1p(-beta))])
+        spline = CubicSpline(np.arange(self.count + 1) / self.count, log_alpha_squared)
+        object.__setattr__(self, "_pieces", torch.from_numpy(0.5 * spline.c))
+
+
+class VPTabulated(VPPiecewise):
+    """Any discrete schedule, made continuous, from the table that diffusers calls `alphas_cumprod`.
+
+    `alpha^2` at `t = (i + 1)/count` is entry `i`, from near the data (i = 0) to noise. A monotone cubic (Fritsch and
+    Carlson 1980) of `log alpha^2` joins these points and the data: `g^2` is nowhere negative, where an ordinary spline
+    overshoots if betas jump. Zero terminal signal: where the last entry is 0, or the 2^-24 that diffusers' Euler
+    schedulers write there, it is read as 2^-24, or as the entry before where that is lower; f and g^2 stay finite.
+
+    Raises:
+        ValueError: fewer than two entries, or entries that are not between 0 and 1, or that rise.
+    """
+
+    def __init__(self, alphas_cumprod: Float[Tensor, " count"]) -> None:
+        alpha_squared = alphas_cumprod.detach().to("cpu", torch.float64).clone()
+        if len(alpha_squared) > 1 and alpha_squared[-1] in (0, ZERO_SIGNAL):
+            alpha_squared[-1] = alpha_squared[-2].clamp_max(ZERO_SIGNAL)
+        falls = len(alpha_squared) > 1 and bool((alpha_squared.diff() <= 0).all())
+        if not (falls and alpha_squared[-1] > 0 and alpha_squared[0] < 1):
+            raise ValueError(
+                "alphas_cumprod, the running product of 1 - beta, must hold two or more numbers that fall from below 1 "
+                f"to no less than 0, got {len(alphas_cumprod)}: {alphas_cumprod[:2].tolist()} to "
+                f"{alphas_cumprod[-2:].tolist()}"
+            )
+        self.count = len(alpha_squared)
+        log_alpha = np.concatenate([[0.0], 0.5 * alpha_squared.log().numpy()])
+        self._pieces = torch.from_numpy(PchipInterpolator(np.arange(self.count + 1) / self.count, log_alpha).c)
+
+    def __repr__(self) -> str:
+        return f"VPTabulated(count={self.count}, last={float(self.alpha(1.0)) ** 2:.3g})"
 
 
 @dataclass(frozen=True)

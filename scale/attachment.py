@@ -1,50 +1,74 @@
-"""Put a blend on any diffusers text-to-image pipeline, and take it off again."""
+"""Put a blend on any diffusers pipeline, and take it off again."""
 
-import hashlib
-import inspect
-from collections.abc import Mapping, Sequence
+import contextlib
+import functools
+import logging
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.hooks import add_hook_to_module, remove_hook_from_module
 from diffusers import DiffusionPipeline
-from diffusers.hooks import HookRegistry, ModelHook
-from diffusers.models.modeling_outputs import Transformer2DModelOutput
-from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel, UNet2DConditionOutput
-from torch import Tensor
+from diffusers.hooks import HookRegistry
 
-from dbtheory.blend import Blender, Step
+from dbtheory.blend import AffineBlender
 from dbtheory.preference import BASE, Preference
-from scale.adapters import denoiser_of, load_adapter
-from scale.experts import AdapterSwitch, LoraExperts
-from scale.methods import make_blender
+from scale.adapters import denoiser_name, denoiser_of, load_adapter, step_variance
+from scale.certificate import Certificate
+from scale.experts import LoraExperts
+from scale.hook import BlendHook
+from scale.methods import Edge, make_blender
 
 HOOK = "diffusion_blend"
+log = logging.getLogger(__name__)
 
 
 def attach(
-    pipe: DiffusionPipeline, adapters: Mapping[str, str | Path], preference: Preference, method: str = "mpa"
+    pipe: DiffusionPipeline,
+    adapters: Mapping[str, str | Path],
+    preference: Preference,
+    method: str = "mpa",
+    *,
+    order: str = "low-discrepancy",
+    variances: Mapping[str, float] | None = None,
+    midpoints: Mapping[Edge, str] | None = None,
+    correct: str | None = None,
+    max_batch: int | None = None,
 ) -> "Knob":
     """Load `adapters` (name -> LoRA file or folder) and blend them at every step of the pipeline's ordinary calls.
 
-    `method` is "base", "mpa", "kla" or "mpa-ls". Schedulers, guidance, batches and callbacks keep working. The
-    returned knob changes the preference and detaches.
+    `method` is one of `scale.methods.METHODS`, with these options:
+    - mpa-ls: `order` in which experts are drawn, "low-discrepancy" or "iid";
+    - msdda: `variances` of the experts' steps by name, and of "base", in units of the sampler's own (default: what the
+      adapters' cards say, 1 where a card is silent; without any card it is mpa, and says so in the log);
+    - interp: `midpoints`, from an edge such as ("a", "b") or ("base", "a") to the adapter trained at its middle;
+    - mpa, kla, interp: `correct="resample"` resamples the images of one prompt by their weights (`scale.certificate`).
+
+    Each weight, and `kl_scale`, may be one number, one for each image of the call, or a function of progress.
+    `max_batch` bounds the rows of one forward; None takes all at once, and halves that where memory does not suffice.
+    Schedulers, guidance, batches, callbacks, offloading and torch.compile keep working; so do other pipelines that
+    share the denoiser. The returned knob changes the preference, tells the certificate and detaches.
 
     Raises:
-        ValueError: what `make_blender` and `load_adapter` refuse; a pipeline that already has a blend, or adapters of
-            its own (fuse or unload them first). The pipeline is then as it was.
+        ValueError: what `make_blender`, `load_adapter` and `step_variance` refuse; resampling for another method; a
+            `max_batch` below 1; a pipeline that already has a blend, or adapters of its own (fuse or unload them
+            first). The pipeline is then as it was.
     """
-    blender = make_blender(method, preference, adapters)
+    if variances is None and method == "msdda":
+        variances = _variances_of_cards(adapters)
+    make = functools.partial(
+        make_blender, method, adapters=tuple(adapters), order=order, variances=variances, midpoints=midpoints
+    )
+    _check_options(make(preference), method, correct, max_batch)
     denoiser = denoiser_of(pipe)
-    if held := ", ".join(getattr(denoiser, "peft_config", {})):
-        if HOOK in getattr(getattr(denoiser, "_diffusers_hook", None), "hooks", {}):
-            raise ValueError("the denoiser already has a blend attached; detach it first, or set knob.preference")
-        raise ValueError(f"the denoiser already has adapters ({held}); call pipe.unload_lora_weights() first")
+    _require_bare(denoiser)
     trainable = [parameter for parameter in denoiser.parameters() if parameter.requires_grad]
     try:
         for name, path in adapters.items():
             load_adapter(pipe, path, name)
-        return Knob(pipe, tuple(adapters), preference, method, blender, trainable)
+        hook = BlendHook(pipe, (BASE, *adapters), preference, make, correct is not None, max_batch)
+        return Knob(pipe, method, hook, trainable)
     except BaseException:
         _unload(denoiser, trainable)
         raise
@@ -54,106 +78,100 @@ class Knob:
     """The handle of an attached blend."""
 
     def __init__(
-        self,
-        pipe: DiffusionPipeline,
-        adapters: tuple[str, ...],
-        preference: Preference,
-        method: str,
-        blender: Blender,
-        trainable: Sequence[torch.nn.Parameter],
+        self, pipe: DiffusionPipeline, method: str, hook: BlendHook, trainable: Sequence[torch.nn.Parameter]
     ) -> None:
-        self.method = method
-        self._denoiser, self._trainable = denoiser_of(pipe), trainable
-        self._adapters, self._preference = adapters, preference
-        self._hook = BlendHook(pipe, (BASE, *adapters), blender)
+        self.method, self._hook, self._trainable = method, hook, trainable
+        # what the pipeline calls: a compiled denoiser is hooked outside of its graph
+        self._called = getattr(pipe, denoiser_name(pipe))
+        self._denoiser = denoiser_of(pipe)
+        with _beneath_offload(self._called):
+            HookRegistry.check_if_exists_or_initialize(self._called).register_hook(hook, HOOK)
         self._attached = True
-        HookRegistry.check_if_exists_or_initialize(self._denoiser).register_hook(self._hook, HOOK)
 
     @property
     def preference(self) -> Preference:
         """The preference that the next step follows; set it at any time (ValueError as in `attach`)."""
-        return self._preference
+        return self._hook.preference
 
     @preference.setter
     def preference(self, preference: Preference) -> None:
         if not self._attached:
             raise ValueError("this blend is detached, so a preference has no effect; attach again")
-        self._hook.blender = make_blender(self.method, preference, self._adapters)
-        self._preference = preference
+        self._hook.set_preference(preference)
+
+    @property
+    def certificate(self) -> Certificate | None:
+        """What the latest call's evaluations say of its images, in the order of its latents.
+
+        None before the first call, where the method evaluates one model a step (mpa-ls, rs, rs-factors) or is no
+        affine blend (msdda with variances), and where the scheduler's noise levels are unknown.
+        """
+        return self._hook.certificate
+
+    @property
+    def experts(self) -> LoraExperts:
+        """The base and its adapters for loops of your own, e.g. `dbtheory.sample`.
+
+        `bind` them to the denoiser's other arguments first: `knob.experts.bind(encoder_hidden_states=...)`.
+        """
+        return self._hook.experts(self._hook.pipe.scheduler)
 
     def detach(self) -> None:
         """Remove the blend and its adapters: the pipeline is as it was before `attach`, bit for bit. Once is enough."""
-        if self._attached:
-            HookRegistry.check_if_exists_or_initialize(self._denoiser).remove_hook(HOOK, recurse=False)
-            self._hook.switch.remove()
-            _unload(self._denoiser, self._trainable)
-            self._attached = False
+        if not self._attached:
+            return
+        with _beneath_offload(self._called):
+            HookRegistry.check_if_exists_or_initialize(self._called).remove_hook(HOOK, recurse=False)
+        self._hook.watch.release()
+        self._hook.switch.remove()
+        _unload(self._denoiser, self._trainable)
+        self._attached = False
 
 
-class BlendHook(ModelHook):
-    """Answers each call of the denoiser by the blend of its experts' predictions."""
-
-    def __init__(self, pipe: DiffusionPipeline, names: tuple[str, ...], blender: Blender) -> None:
-        super().__init__()
-        self.pipe, self.names, self.blender = pipe, names, blender
-        denoiser = denoiser_of(pipe)
-        self.switch = AdapterSwitch(denoiser)
-        self.signature = inspect.signature(type(denoiser).forward)
-        self.clock = Clock()
-
-    def new_forward(self, module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
-        """The denoiser's forward with one more meaning: same arguments, same type of result."""
-        given = dict(self.signature.bind(module, *args, **kwargs).arguments)
-        _, *names = given
-        given |= given.pop("kwargs", {})
-        first, x, t = names[0], given[names[0]], given["timestep"]
-        conditioning = {name: given[name] for name in given if name not in ("self", first, "timestep")}
-        forward = self.fn_ref.original_forward
-        assert forward is not None
-
-        def evaluate(x: Tensor, t: Tensor, **rest: Any) -> Any:
-            return forward(**{first: x, "timestep": t}, **rest)
-
-        experts = LoraExperts(self.pipe, self.names, self.switch, evaluate).bind(**conditioning)
-        blended = self.blender(experts, x, t, self.clock.step(self.pipe.scheduler, x))
-        if given.get("return_dict", True):
-            return _output_class(module)(sample=blended)
-        return (blended,)
+def _check_options(blender: object, method: str, correct: str | None, max_batch: int | None) -> None:
+    if correct not in (None, "resample"):
+        raise ValueError(f'correct must be None or "resample", received {correct!r}')
+    if correct is not None and not isinstance(blender, AffineBlender):
+        raise ValueError(f"resampling needs every expert at every step, received method {method}; use mpa")
+    if max_batch is not None and (isinstance(max_batch, bool) or not isinstance(max_batch, int) or max_batch < 1):
+        raise ValueError(f"max_batch must be at least 1, or None for all rows at once, received {max_batch!r}")
 
 
-class Clock:
-    """Counts the steps of a trajectory and keeps each row's phase."""
-
-    def __init__(self) -> None:
-        self.timesteps: Tensor | None = None
-        self.index = 0
-        self.phase = torch.empty(0)
-
-    def step(self, scheduler: Any, x: Tensor) -> Step:
-        """Where this call stands; a pipeline call sets its scheduler's timesteps anew, which starts a trajectory."""
-        if scheduler.timesteps is not self.timesteps or not len(self.phase):
-            self.timesteps, self.index, self.phase = scheduler.timesteps, 0, phases(x)
-        if len(self.phase) != len(x):  # a callback has turned guidance on or off: the same images, twice or once
-            self.phase = self.phase.repeat(len(x) // len(self.phase) + 1)[: len(x)]
-        index, self.index = self.index, self.index + 1
-        times = scheduler.timesteps / scheduler.config.num_train_timesteps
-        t_next = times[index + 1] if index + 1 < len(times) else 0.0
-        return Step(index, len(times), times[min(index, len(times) - 1)], t_next, self.phase)
+def _variances_of_cards(adapters: Mapping[str, str | Path]) -> dict[str, float] | None:
+    """The step variances that the adapters' cards state, and 1 for the others and the base; None if none does."""
+    stated = {name: step_variance(path) for name, path in adapters.items()}
+    if not any(stated.values()):
+        log.warning("no adapter's card states a step_variance, so msdda is DB-MPA here; pass variances to tell them")
+        return None
+    return {BASE: 1.0} | {name: variance or 1.0 for name, variance in stated.items()}
 
 
-def phases(x: Tensor) -> Tensor:
-    """One uniform on [0, 1) a row (float64), a hash of the row's own first latents.
+def _require_bare(denoiser: Any) -> None:
+    if held := ", ".join(getattr(denoiser, "peft_config", {})):
+        if any(isinstance(layer_hook, BlendHook) for layer_hook in _hooks(denoiser)):
+            raise ValueError("the denoiser already has a blend attached; detach it first, or set knob.preference")
+        raise ValueError(f"the denoiser already has adapters ({held}); call pipe.unload_lora_weights() first")
 
-    So a draw depends on the image's seed alone: not on batch, order or process. The two rows that guidance makes of
-    one image hold the same latents, hence follow the same experts.
+
+def _hooks(denoiser: Any) -> Iterator[object]:
+    yield from getattr(getattr(denoiser, "_diffusers_hook", None), "hooks", {}).values()
+
+
+@contextlib.contextmanager
+def _beneath_offload(module: Any) -> Iterator[None]:
+    """Set accelerate's hook aside: it must stay outermost.
+
+    Pipelines renew it after every call, and what was put on top of it is then lost.
     """
-    rows = x.detach().to("cpu", torch.float32).flatten(1).numpy()
-    digests = [hashlib.blake2b(row.tobytes(), digest_size=8).digest() for row in rows]
-    return torch.tensor([(int.from_bytes(digest, "big") >> 11) / 2**53 for digest in digests], dtype=torch.float64)
-
-
-def _output_class(module: torch.nn.Module) -> type:
-    return UNet2DConditionOutput if isinstance(module, UNet2DConditionModel) else Transformer2DModelOutput
+    outer = getattr(module, "_hf_hook", None)
+    if outer is None:
+        yield
+        return
+    remove_hook_from_module(module)
+    try:
+        yield
+    finally:
+        add_hook_to_module(module, outer)
 
 
 def _unload(denoiser: Any, trainable: Sequence[torch.nn.Parameter]) -> None:

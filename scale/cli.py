@@ -5,7 +5,7 @@ import io
 import json
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -29,8 +29,10 @@ class Demo:
     """Print the figures as JSON instead of tables."""
 
     def run(self) -> None:
+        from scale.tables import demo_tables
+
         results = _demo(self.out, self.seed)
-        print(json.dumps(results, indent=1) if self.json else _tables(results))
+        print(json.dumps(results, indent=1) if self.json else demo_tables(results))
 
 
 @dataclass(frozen=True)
@@ -61,8 +63,10 @@ class Toy:
     """Print the figures as JSON instead of tables."""
 
     def run(self) -> None:
+        from scale.tables import toy_table
+
         results = _toy(self.name, self.out, self.seed)
-        print(json.dumps(results, indent=1) if self.json else _toy_table(results))
+        print(json.dumps(results, indent=1) if self.json else toy_table(results))
 
 
 @dataclass(frozen=True)
@@ -74,15 +78,25 @@ class Generate:
     prompt_file: Path | None = None
     """A JSON list of prompts, or a text file with one a line."""
     weights: Words = ()
-    """NAME=WEIGHT of each adapter; they sum to 1. The small world has colorfulness and jpeg."""
-    kl_scale: float = 1.0
-    """lambda: 0 is the base model, 1 the adapters as trained, above 1 further still."""
+    """NAME=WEIGHT of each adapter (the small world: colorfulness, jpeg), sum 1; "NAME=0.2->0.8" from noise to data."""
+    kl_scale: str = "1"
+    """lambda: 0 is the base model, 1 the adapters as trained, above 1 further still; "1->1.5" from noise to data."""
     method: str = "mpa"
-    """base, mpa, kla (one adapter) or mpa-ls (one adapter a step, at the cost of one model)."""
+    """base, mpa, kla (one adapter), mpa-ls (one evaluation a step), msdda, interp, rs or rs-factors (soups)."""
     model: str | None = None
     """A diffusers folder or hub id; the shipped small world if not given."""
     adapter: Words = ()
     """NAME=PATH of each LoRA file or folder."""
+    allow_negative: bool = False
+    """Let weights be negative: away from an adapter."""
+    order: str = "low-discrepancy"
+    """How mpa-ls draws: low-discrepancy or iid."""
+    variance: Words = ()
+    """msdda: NAME=V of base and each adapter, step variances in units of the sampler's; else the adapters' cards'."""
+    midpoint: Words = ()
+    """interp: A+B=PATH, an adapter trained on the mean reward of A and B; base+A=PATH, on half of A's."""
+    correct: str | None = None
+    """resample: the images of a prompt compete, by what the blend knows of its own error."""
     seed: int = 0
     """Seed of each prompt's first image; the next has the next. A seed fixes the noise and the draw of experts."""
     num: int = 1
@@ -92,23 +106,45 @@ class Generate:
     """Classifier-free guidance, 1 is none; the model's own default if not given."""
     eta: float = 1.0
     """Noise of DDIM's step: 1 as in training, 0 is deterministic."""
+    scheduler: str | None = None
+    """ddim, ddpm, euler, euler-ancestral, dpm++ or flow-euler; the model's own if not given."""
+    height: int | None = None
+    """Pixels; the model's own size if not given."""
+    width: int | None = None
     batch_size: int = 16
+    """Images at a time."""
+    max_batch: int | None = None
+    """Rows at a time through the denoiser, where memory is short; a batch has rows for each adapter and guidance."""
+    dtype: str | None = None
+    """float32, float16 or bfloat16; float32 on a CPU and for the small world, bfloat16 on a GPU, if not given."""
+    offload: bool = False
+    """Keep the parts of the model in the CPU's memory while they do not run."""
     out: Path = Path("out/images")
-    """Folder of the images and of generation.json."""
+    """Folder of the images and of generation.json. An earlier run's are replaced; other pictures are refused."""
 
     def run(self) -> None:
-        from scale.prompts import parse_adapters, parse_weights, read_prompts
+        from scale.prompts import parse_adapters, parse_midpoints, parse_variances, parse_weights, read_prompts
+        from scale.schedules import parse_amount
 
         if bool(self.prompt) == bool(self.prompt_file):
             raise ValueError("give either --prompt TEXT or --prompt-file FILE")
+        # base takes the others' flags and ignores them, so that one word turns a command line into its comparison
+        blends = self.method != "base"
+        words = {name: list(chain(*getattr(self, name))) for name in ("weights", "variance", "midpoint", "adapter")}
         prompts = read_prompts(self.prompt_file) if self.prompt_file else [self.prompt]
-        weights = parse_weights(list(chain(*self.weights))) if self.method != "base" else {}
-        adapters = parse_adapters(list(chain(*self.adapter)))
-        from scale.generate import Request, generate
+        weights = parse_weights(words["weights"]) if blends else {}
+        variances = parse_variances(words["variance"]) if blends else {}
+        midpoints = parse_midpoints(words["midpoint"]) if blends else {}
+        kl_scale, adapters = parse_amount("kl_scale", self.kl_scale), parse_adapters(words["adapter"])
+        from scale.generate import generate
+        from scale.request import Request
 
         request = Request(
-            prompts, weights, self.out, self.kl_scale, self.method, self.model, adapters,
-            self.seed, self.num, self.steps, self.guidance, self.eta, self.batch_size,
+            prompts, weights, self.out, kl_scale, self.method, self.model, adapters, self.seed, self.num, self.steps,
+            self.guidance, self.eta, self.batch_size, order=self.order, variances=variances or None,
+            midpoints=midpoints or None, correct=self.correct, max_batch=self.max_batch,
+            allow_negative=self.allow_negative, dtype=self.dtype, scheduler=self.scheduler, height=self.height,
+            width=self.width, offload=self.offload,
         )  # fmt: skip
         print(f"the record of the images is {generate(request)}")
 
@@ -186,41 +222,6 @@ def _toy(name: str, out: Path, seed: int) -> dict[str, Any]:
             )
         finally:
             torch.set_num_threads(threads)
-
-
-def _toy_table(results: Mapping[str, Any]) -> str:
-    """The distances at one preference, what was left out and why, and where the files lie."""
-    first, second = results["rewards"]
-    clouds = results["clouds"]
-    lines = [
-        f"{results['toy']}: sliced W2 to the target, reward {clouds['w']:g} {first} + {1 - clouds['w']:g} {second}"
-    ]
-    lines += [f"{method:>20}  {error:.3f}" for method, error in clouds["errors"].items()]
-    lines += [f"{method:>20}  refused: {why}" for method, why in clouds["refused"].items()]
-    lines += [f"no {what}: {why}" for what, why in results["skipped"].items()]
-    return "\n".join([*lines, "", *(f"written: {file}" for file in [*results["figures"].values(), results["json"]])])
-
-
-def _tables(results: Mapping[str, Any]) -> str:
-    """The demo's two tables, and where its files lie."""
-    toy, images = results["toy"], results["images"]
-    columns = list(toy["rows"][0])
-    lines = [
-        f"Toy: {toy['toy']}, reward w {toy['rewards'][0]} + (1 - w) {toy['rewards'][1]}; sliced W2 to the exact target"
-    ]
-    lines += ["".join(f"{column:>12}" for column in columns)]
-    lines += ["".join(f"{row[column]:12.3f}" for column in columns) for row in toy["rows"]]
-    names = [name for name in images["rows"][0] if name != "model"]
-    lines += [
-        "",
-        f"Images: {images['prompts']} held-out prompts, w colorfulness + (1 - w) jpeg; means +- standard errors",
-    ]
-    lines += [f"{'':>12}" + "".join(f"{name:>20}" for name in names)]
-    for row in images["rows"]:
-        cells = (f"{row[name][0]:.3f} +- {row[name][1]:.3f}" for name in names)
-        lines.append(f"{row['model']:>12}" + "".join(f"{cell:>20}" for cell in cells))
-    files = [toy["figure"], *images["figures"], results["json"]]
-    return "\n".join([*lines, "", *(f"written: {file}" for file in files)])
 
 
 Command = (

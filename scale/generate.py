@@ -1,161 +1,95 @@
 """`dblend generate`: prompts in, PNG files and the record of what made them out."""
 
-import json
-import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
+import inspect
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor
 
-from dbtheory.files import write_atomically
-from dbtheory.preference import Preference
 from scale import mini
-from scale.attachment import attach
-from scale.methods import make_blender
-from scale.pipeline import Picture, draw, open_pipeline
+from scale.attachment import Knob, attach
+from scale.folder import RECORD, earlier_pictures, remove_earlier, save_picture, write_record
+from scale.pipeline import Picture, draw, open_pipeline, set_scheduler
 from scale.progress import progress_bar
+from scale.record import settings, update_ess
+from scale.request import Request
 from scale.rewards import SCORERS, Scorer, load_scorer
-
-RECORD = "generation.json"
-LAST_SEED = 2**63 - 1  # torch takes more, but not every record of them does
-PACKAGES = ("diffusion-blend", "torch", "diffusers", "peft", "transformers")
-
-
-@dataclass(frozen=True)
-class Request:
-    """What to generate: `num` images a prompt, of seeds `seed, seed + 1, ...`."""
-
-    prompts: Sequence[str]
-    weights: Mapping[str, float]
-    out: Path
-    kl_scale: float = 1.0
-    method: str = "mpa"
-    model: str | None = None
-    """A diffusers folder or hub id; None is the shipped small world."""
-    adapters: Mapping[str, Path] | None = None
-    """Adapters by name, besides the shipped ones of the small world."""
-    seed: int = 0
-    num: int = 1
-    steps: int = 50
-    guidance: float | None = None
-    eta: float = 1.0
-    batch_size: int = 16
-
-    def __post_init__(self) -> None:
-        for name in ("num", "steps", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, received {getattr(self, name)}")
-        if not 0 <= self.seed <= LAST_SEED - self.num:
-            raise ValueError(f"seeds must lie in [0, 2**63), received {self.seed} for the first of {self.num}")
-        if self.method == "base":
-            Preference({"ignored": 1.0}, self.kl_scale)  # weights do not matter here, but a wrong lambda is a mistake
-        if not 0 <= self.eta <= 1:
-            raise ValueError(f"eta must lie in [0, 1], received {self.eta}")
-        if self.guidance is not None and not math.isfinite(self.guidance):
-            raise ValueError(f"guidance must be finite, received {self.guidance}")
-        if not any(prompt.strip() for prompt in self.prompts):
-            raise ValueError("no prompt; give --prompt TEXT or --prompt-file FILE")
-        if self.out.exists() and not self.out.is_dir():
-            raise ValueError(f"the output folder {self.out} is a file; choose another folder")
-
-    @property
-    def preference(self) -> Preference | None:
-        """None for the base model, which follows no preference."""
-        return None if self.method == "base" else Preference(self.weights, self.kl_scale)
-
-    def chosen_adapters(self) -> dict[str, Path]:
-        """The adapters that the weights name; ValueError for a name without an adapter."""
-        if self.method == "base":
-            return {}
-        if not self.weights:
-            raise ValueError(f"the method {self.method} needs weights; give --weights NAME=WEIGHT of each adapter")
-        shipped = {path.name: path for path in mini.ADAPTERS.glob("*/")} if self.model is None else {}
-        known = {**shipped, **(self.adapters or {})}
-        unknown = [name for name in self.weights if name not in known]
-        if unknown:
-            raise ValueError(
-                f"no adapter for the weight of {', '.join(unknown)}; "
-                f"the adapters are {', '.join(sorted(known)) or 'none'}"
-            )
-        return {name: known[name] for name in self.weights}
 
 
 def generate(request: Request) -> Path:
     """Make the images of a request; returns the path of the record, which is brought up to date after every batch.
 
+    The folder may hold an earlier run: its record and pictures go when the first new ones are there.
+
     Raises:
-        ValueError: anything wrong with the request (before the model is loaded), the model or the adapters.
+        ValueError: a folder with pictures that are not an earlier run's (before the model is loaded); anything wrong
+            with the model or the adapters; too little memory for one image.
         OSError: a picture or the record cannot be written; what was written before stays.
     """
-    adapters, preference = request.chosen_adapters(), request.preference
-    if preference is not None:
-        make_blender(request.method, preference, adapters)  # refuses a bad request before the model is loaded
-    pipe = open_pipeline(request.model or mini.MODEL)
-    if preference is not None:
-        attach(pipe, adapters, preference, request.method)
-    guidance = mini.GUIDANCE if request.model is None and request.guidance is None else request.guidance
-    pictures = [
-        Picture(prompt, index, request.seed + i)
-        for index, prompt in enumerate(request.prompts)
-        for i in range(request.num)
-    ]
+    earlier = earlier_pictures(request.out)
+    pipe = open_pipeline(request.model or mini.MODEL, request.torch_dtype, offload=request.offload)
+    if request.scheduler is not None:
+        set_scheduler(pipe, request.scheduler)
+    adapters, knob = request.chosen_adapters(), _attach(pipe, request)
+    guidance = _guidance(request, pipe)
     scorers = [load_scorer(name) for name in SCORERS]
     request.out.mkdir(parents=True, exist_ok=True)
-    record = _settings(request, adapters, pipe, guidance)
+    record = settings(request, adapters, pipe, guidance)
     with progress_bar() as bar:
-        task = bar.add_task("images", total=len(pictures), note="")
-        for batch, images in draw(
-            pipe, pictures, steps=request.steps, guidance=guidance, eta=request.eta,
-            batch_size=request.batch_size, advance=lambda k: bar.update(task, advance=k),
-        ):  # fmt: skip
-            if not record["images"]:
-                (request.out / RECORD).unlink(missing_ok=True)  # an older record must not describe new pictures
-            for picture, image in zip(batch, images, strict=True):
-                record["images"].append(_save(picture, image, scorers, request.out))
-            write_atomically(request.out / RECORD, lambda path: path.write_text(json.dumps(record, indent=1) + "\n"))
+        task = bar.add_task("images", total=len(request.pictures), note="")
+        drawn = draw(
+            pipe, request.pictures, steps=request.steps, guidance=guidance, eta=request.eta,
+            height=request.height, width=request.width, batch_size=request.batch_size,
+            whole_prompts=request.resamples, advance=lambda k: bar.update(task, advance=k),
+        )  # fmt: skip
+        try:
+            for batch, images in drawn:
+                if not record["images"]:
+                    remove_earlier(request.out, earlier)
+                record["images"] += _save(batch, images, knob, scorers, request.out)
+                if not request.resamples:
+                    update_ess(record["images"])
+                write_record(request.out, record)
+        except torch.OutOfMemoryError as error:
+            raise ValueError(
+                "the GPU has too little memory; use a smaller batch_size or max_batch, offload, or bfloat16"
+            ) from error
     return request.out / RECORD
 
 
-def _settings(request: Request, adapters: Mapping[str, Path], pipe: Any, guidance: float | None) -> dict[str, Any]:
-    preference = request.preference
-    return {
-        "model": request.model or "the shipped small world",
-        "method": request.method,
-        "weights": preference.weights if preference else {},
-        "kl_scale": preference.kl_scale if preference else 0.0,
-        "coefficients": preference.coefficients() if preference else {"base": 1.0},
-        "adapters": {name: path.name if path.parent == mini.ADAPTERS else str(path) for name, path in adapters.items()},
-        "scheduler": type(pipe.scheduler).__name__,
-        "steps": request.steps,
-        "guidance": guidance,
-        "eta": request.eta,
-        "batch_size": request.batch_size,
-        "device": str(pipe.device),
-        "dtype": str(pipe.dtype).removeprefix("torch."),
-        "versions": {name: _version(name) for name in PACKAGES},
-        "images": [],
-    }
+def _attach(pipe: Any, request: Request) -> Knob | None:
+    """The blend on the pipeline; nothing for the base model, which is then diffusers' own."""
+    if request.preference is None:
+        return None
+    options = {"correct": request.correct, "max_batch": request.max_batch}
+    return attach(pipe, request.chosen_adapters(), request.preference, request.method, **request.blending, **options)
 
 
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "not installed"  # this one, when it runs from a checkout
+def _guidance(request: Request, pipe: Any) -> float | None:
+    """The guidance scale in force: asked for, the small world's, or the pipeline's own default."""
+    if request.guidance is not None:
+        return request.guidance
+    if request.model is None:
+        return mini.GUIDANCE
+    parameter = inspect.signature(pipe.__call__).parameters.get("guidance_scale")
+    return parameter.default if parameter is not None else None
 
 
-def _save(picture: Picture, image: Tensor, scorers: Sequence[Scorer], out: Path) -> dict[str, Any]:
-    # numbers alone name the file: a prompt may hold path separators
-    name = f"{picture.index:05d}-{picture.seed}.png"
-    pixels = (255 * image).round().byte().permute(1, 2, 0).numpy()
-    write_atomically(out / name, lambda path: Image.fromarray(pixels).save(path))
-    rewards = score_known(scorers, torch.from_numpy(pixels).permute(2, 0, 1)[None] / 255, picture.prompt)
-    return {"file": name, "prompt": picture.prompt, "seed": picture.seed, "rewards": rewards}
+def _save(
+    batch: Sequence[Picture], images: Tensor, knob: Knob | None, scorers: Sequence[Scorer], out: Path
+) -> list[dict[str, Any]]:
+    """Write a batch's pictures; what the record says of each: its file, rewards and certificate."""
+    certificate = knob.certificate if knob is not None else None
+    certificates = certificate.as_dicts() if certificate is not None else [None] * len(batch)
+    entries = []
+    for picture, image, certified in zip(batch, images, certificates, strict=True):
+        pixels = (255 * image).round().byte().permute(1, 2, 0)
+        rewards = score_known(scorers, pixels.permute(2, 0, 1)[None] / 255, picture.prompt)
+        entry = save_picture(out, picture, pixels.contiguous())
+        entries.append({**entry, "rewards": rewards, "certificate": certified})
+    return entries
 
 
 def score_known(scorers: Sequence[Scorer], image: Tensor, prompt: str) -> dict[str, float]:

@@ -1,16 +1,35 @@
 """The blending methods by the names that users type."""
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
 
 from dbtheory.blend import Blender, MeanBlend, SampledBlend
-from dbtheory.preference import Preference
+from dbtheory.interpolate import InterpolatedBlend
+from dbtheory.precision import PrecisionBlend
+from dbtheory.preference import BASE, Preference
+from scale.soup import SoupBlend
+
+Edge = tuple[str, str]
 
 
-def _base(preference: Preference) -> Blender:
-    return MeanBlend(Preference(preference.weights, kl_scale=0.0, allow_negative=True))
+@dataclass(frozen=True)
+class Options:
+    """What some methods need besides a preference; the others refuse it."""
+
+    order: str = "low-discrepancy"
+    variances: Mapping[str, float] | None = None
+    midpoints: Mapping[Edge, str] | None = None
 
 
-def _kla(preference: Preference) -> Blender:
+def _base(preference: Preference, _: Options) -> Blender:
+    return MeanBlend(Preference({name: 1 / len(preference.names) for name in preference.names}, kl_scale=0.0))
+
+
+def _mpa(preference: Preference, _: Options) -> Blender:
+    return MeanBlend(preference)
+
+
+def _kla(preference: Preference, _: Options) -> Blender:
     if len(preference.names) != 1:
         raise ValueError(
             f"kla blends the base with one adapter, received {', '.join(preference.names)}; "
@@ -19,31 +38,82 @@ def _kla(preference: Preference) -> Blender:
     return MeanBlend(preference)
 
 
-def _mpa_ls(preference: Preference) -> Blender:
+def _mpa_ls(preference: Preference, options: Options) -> Blender:
     if isinstance(preference.kl_scale, float) and preference.kl_scale > 1:
         raise ValueError(
             f"mpa-ls draws one expert a step, so kl_scale is a probability, received {preference.kl_scale}; "
             "use mpa, which goes above 1"
         )
-    return SampledBlend(preference)
+    return SampledBlend(preference, options.order)
 
 
-METHODS: dict[str, Callable[[Preference], Blender]] = {
+def _msdda(preference: Preference, options: Options) -> Blender:
+    # steps of one variance fuse to their mean: MSDDA is then DB-MPA, noise and all
+    if options.variances is None:
+        return MeanBlend(preference)
+    return PrecisionBlend(preference, dict(options.variances))
+
+
+def _interp(preference: Preference, options: Options) -> Blender:
+    if not options.midpoints:
+        raise ValueError(
+            'interp needs adapters at the middle of edges: midpoints={("a", "b"): "ab"} for one that was trained on '
+            'the mean reward of a and b, ("base", "a") for one trained on half of a'
+        )
+    return InterpolatedBlend(preference, dict(options.midpoints))
+
+
+def _rs(preference: Preference, _: Options) -> Blender:
+    return SoupBlend(preference, "deltas")
+
+
+def _rs_factors(preference: Preference, _: Options) -> Blender:
+    return SoupBlend(preference, "factors")
+
+
+METHODS: dict[str, Callable[[Preference, Options], Blender]] = {
     "base": _base,
-    "mpa": MeanBlend,
+    "mpa": _mpa,
     "kla": _kla,
     "mpa-ls": _mpa_ls,
+    "msdda": _msdda,
+    "interp": _interp,
+    "rs": _rs,
+    "rs-factors": _rs_factors,
 }
+# which method an option belongs to
+OWNERS = {"order": "mpa-ls", "variances": "msdda", "midpoints": "interp"}
 
 
-def make_blender(method: str, preference: Preference, adapters: Collection[str]) -> Blender:
-    """The blender of a method: `base` (no adapter acts), `mpa`, `kla` (one adapter), `mpa-ls`.
+def make_blender(
+    method: str,
+    preference: Preference,
+    adapters: Collection[str],
+    *,
+    order: str = "low-discrepancy",
+    variances: Mapping[str, float] | None = None,
+    midpoints: Mapping[Edge, str] | None = None,
+) -> Blender:
+    """The blender of a method: one of `METHODS`.
+
+    `order` is mpa-ls's; `variances` are msdda's, by expert and for "base", in units of the sampler's own step variance
+    (None: all are equal, so that msdda is mpa); `midpoints` are interp's, which maps an edge to the adapter trained
+    at its middle (`InterpolatedBlend`). The preference names every other adapter.
 
     Raises:
-        ValueError: an unknown method; weights that are not those of `adapters`; `kla` with several adapters; `mpa-ls`
-            with `kl_scale > 1`.
+        ValueError: an unknown method; an option of another method; weights that are not those of `adapters`; what the
+            method's blender refuses; `kla` with several adapters; `mpa-ls` with `kl_scale > 1`.
     """
     if method not in METHODS:
         raise ValueError(f"unknown method {method!r}; the methods are {', '.join(METHODS)}")
-    preference.validate(adapters)
-    return METHODS[method](preference)
+    options = Options(order, variances, midpoints)
+    for name, owner in OWNERS.items():
+        if method != owner and getattr(options, name) != getattr(Options(), name):
+            raise ValueError(f"{name} belongs to the method {owner}, received method {method!r}")
+    middle = set((midpoints or {}).values())
+    if missing := sorted(middle.difference(adapters)):
+        raise ValueError(f"no adapter for the midpoint {', '.join(missing)}; the adapters are {', '.join(adapters)}")
+    preference.validate([name for name in adapters if name not in middle])
+    if BASE in adapters:
+        raise ValueError(f'no adapter can be named "{BASE}"')
+    return METHODS[method](preference, options)

@@ -1,9 +1,10 @@
-"""Prompts, weights and adapters as users write them."""
+"""Prompts, weights, adapters and their like as users write them."""
 
 import json
-import math
 from collections.abc import Sequence
 from pathlib import Path
+
+from scale.schedules import Amount, parse_amount
 
 
 def read_prompts(path: Path) -> list[str]:
@@ -31,17 +32,16 @@ def read_prompts(path: Path) -> list[str]:
     return prompts
 
 
-def parse_weights(words: Sequence[str]) -> dict[str, float]:
-    """`["colorfulness=0.7", "jpeg=0.3"]` as a dict; ValueError for a word without `=`, a name twice, or no number."""
-    weights = {}
-    for name, value in _pairs(words, "weight", "colorfulness=0.7"):
-        try:
-            weights[name] = float(value)
-        except ValueError:
-            raise ValueError(f"the weight of {name!r} must be a number, received {value!r}") from None
-        if not math.isfinite(weights[name]):
-            raise ValueError(f"the weight of {name!r} must be finite, received {value!r}")
-    return weights
+def parse_weights(words: Sequence[str]) -> dict[str, Amount]:
+    """`["style=0.7", "shape=0.2->0.4"]` as numbers and functions of progress (0 at noise, 1 at data).
+
+    Raises:
+        ValueError: a word without `=`, a name twice, or what is neither a number nor numbers joined by `->`.
+    """
+    return {
+        name: parse_amount(f"the weight of {name!r}", value)
+        for name, value in _pairs(words, "weight", "colorfulness=0.7")
+    }
 
 
 def parse_adapters(words: Sequence[str]) -> dict[str, Path]:
@@ -49,13 +49,48 @@ def parse_adapters(words: Sequence[str]) -> dict[str, Path]:
     return {name: Path(value) for name, value in _pairs(words, "adapter", "style=lora.safetensors")}
 
 
+def parse_variances(words: Sequence[str]) -> dict[str, float]:
+    """`["base=1", "style=0.8"]`, in units of the sampler's own step variance, as positive numbers.
+
+    Raises:
+        ValueError: a word without `=`, a name twice, or no positive finite number.
+    """
+    variances = {}
+    for name, value in _pairs(words, "variance", "style=0.8"):
+        try:
+            amount = parse_amount("variance", value)
+        except ValueError:
+            amount = None
+        if not isinstance(amount, float) or amount <= 0:
+            raise ValueError(f"the variance of {name!r} must be one positive finite number, received {value!r}")
+        variances[name] = amount
+    return variances
+
+
+def parse_midpoints(words: Sequence[str]) -> dict[tuple[str, str], Path]:
+    """`["style+shape=both.safetensors", "base+style=half"]`: an edge's two ends, and the adapter of its middle.
+
+    Raises:
+        ValueError: a word without `=`, an edge twice, or one that is not two different names joined by `+`.
+    """
+    midpoints: dict[tuple[str, str], Path] = {}
+    for edge, value in _pairs(words, "midpoint", "style+shape=both.safetensors"):
+        ends = edge.split("+")
+        if len(ends) != 2 or not all(ends) or ends[0] == ends[1]:
+            raise ValueError(f"midpoint {edge!r} must join two different names by +; write e.g. base+style=half")
+        if {*ends} in [{*known} for known in midpoints]:
+            raise ValueError(f"the midpoint of {edge!r} is given twice; give each edge once")
+        midpoints[ends[0], ends[1]] = Path(value)
+    return midpoints
+
+
 def _pairs(words: Sequence[str], kind: str, example: str) -> list[tuple[str, str]]:
-    pairs = []
+    pairs: dict[str, str] = {}
     for word in words:
         name, equals, value = word.partition("=")
         if not (name and equals and value):
             raise ValueError(f"{kind} {word!r} is not NAME=VALUE; write e.g. {example}")
-        if name in dict(pairs):
+        if name in pairs:
             raise ValueError(f"{kind} {name!r} is given twice; give each name once")
-        pairs.append((name, value))
-    return pairs
+        pairs[name] = value
+    return list(pairs.items())

@@ -160,6 +160,16 @@ def test_each_sample_follows_its_own_law():
     assert changing_rotation_choice(moving, phase).tolist() == alone
 
 
+def test_experts_of_no_probability_take_no_part():
+    """Beside samples that use an expert, one that does not draws as if there were no such expert: batches may mix."""
+    phase = phases(200)
+    for law, used in (((0.0, 0.3, 0.7), (1, 2)), ((0.3, 0.0, 0.7), (0, 2)), ((0.3, 0.7, 0.0), (0, 1))):
+        for choice in CHOICES.values():
+            for index in range(20):
+                alone = choice([law[i] for i in used], index, phase)
+                assert torch.equal(choice(law, index, phase), torch.tensor(used)[alone])
+
+
 def test_draws_do_not_depend_on_the_default_dtype():
     """The rotation counts in float64 (it once counted in the default dtype, and rounded k w to float32)."""
     law, drawn = (0.02, 0.9, 0.05, 0.03), {}

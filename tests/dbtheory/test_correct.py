@@ -161,7 +161,7 @@ def test_discrete_weights_are_the_kernels_normalizer():
     for t, s in [(0.9, 0.8), (0.4, 0.3), (0.05, 0.01)]:
         predictions = experts.predict(x, t, list(c))
         blended = sum(c_i * p for c_i, p in zip(c.values(), predictions, strict=True))
-        variance = score_variance(predictions, blended, list(c.values()), t, experts)
+        variance = score_variance(predictions, blended, list(c.values()), t, SCHEDULE, "x0")
         means = torch.stack([ddpm_step(x, p, t, s, 0 * x, SCHEDULE) for p in predictions])
         kernels = (posterior_variance(SCHEDULE, t, s) * EYE).expand(3, 1, 2, 2)
         expected = log_normalizer(torch.tensor(list(c.values()), dtype=torch.float64), means, kernels)
@@ -171,14 +171,13 @@ def test_discrete_weights_are_the_kernels_normalizer():
 
 def test_score_variance_of_images():
     """Events of any shape count all their entries, and samples of different precision agree."""
-    experts = world("eps")
     predictions = torch.randn(3, 5, 2, 4, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     c = [-0.5, 0.6, 0.9]
     blended = sum(c_i * p for c_i, p in zip(c, predictions, strict=True))
     expected = sum(c_i * p.square().sum((1, 2, 3)) for c_i, p in zip(c, predictions, strict=True))
     expected = (expected - blended.square().sum((1, 2, 3))) / SCHEDULE.variance(0.3)
-    torch.testing.assert_close(score_variance(predictions, blended, c, 0.3, experts), expected)
-    single = score_variance(predictions.float(), blended.float(), c, 0.3, experts)
+    torch.testing.assert_close(score_variance(predictions, blended, c, 0.3, SCHEDULE, "eps"), expected)
+    single = score_variance(predictions.float(), blended.float(), c, 0.3, SCHEDULE, "eps")
     torch.testing.assert_close(single, expected, rtol=1e-4, atol=1e-3)
 
 

@@ -130,7 +130,7 @@ def test_bad_input():
         ({"right": right}, 0.0, "eps", "alpha"),
         ({"right": right}, -1.0, "eps", "alpha"),
         ({"explosive": explosive}, 1.0, "eps", "positive definite"),
-        ({"right": right}, 1.0, "flow", "parametrization must be one of"),
+        ({"right": right}, 1.0, "velocity", "parametrization must be one of"),
     ]:
         with pytest.raises(ValueError, match=said):
             ExactExperts(toy.prior, rewards, alpha, toy.schedule, kind)

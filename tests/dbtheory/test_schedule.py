@@ -5,13 +5,17 @@ import math
 import mpmath
 import pytest
 import torch
+from scipy.interpolate import CubicSpline
 
+from dbtheory import VPTabulated
 from dbtheory.schedule import VE, NoiseSchedule, RectifiedFlow, VPCosine, VPDiscrete, VPLinear, expand_like
 from tests.dbtheory.strategies import SCHEDULES
 
-each_schedule = pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda s: type(s).__name__)
+# the betas of Ho et al. (2020): 1e-4 to 0.02
+HO = VPTabulated(torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64).neg().log1p().cumsum(0).exp())
+each_schedule = pytest.mark.parametrize("schedule", [*SCHEDULES, HO], ids=lambda s: type(s).__name__)
 variance_preserving = pytest.mark.parametrize(
-    "schedule", [VPLinear(), VPCosine(), VPDiscrete()], ids=lambda s: type(s).__name__
+    "schedule", [VPLinear(), VPCosine(), VPDiscrete(), HO], ids=lambda s: type(s).__name__
 )
 
 
@@ -126,6 +130,79 @@ def test_discrete_schedule_is_smooth_between_its_points() -> None:
     assert 12.0 < beta[-1] < 12.2
 
 
+def points_of(count: int) -> torch.Tensor:
+    return torch.arange(1, count + 1, dtype=torch.float64) / count
+
+
+@pytest.mark.parametrize("rescale", [False, True])
+@pytest.mark.parametrize("beta_schedule", ["linear", "scaled_linear", "squaredcos_cap_v2"])
+@pytest.mark.parametrize("name", ["DDIMScheduler", "EulerDiscreteScheduler"])
+def test_table_passes_through_diffusers_alphas(name: str, beta_schedule: str, rescale: bool) -> None:
+    """alpha^2 at (i + 1)/count is diffusers' entry i for each of its schedules, up to a terminal zero.
+
+    Its thousand rescaled entries fall below 2^-24 before the last, where Euler's 2^-24 would rise again.
+    """
+    diffusers = pytest.importorskip("diffusers")
+    scheduler = getattr(diffusers, name)(beta_schedule=beta_schedule, rescale_betas_zero_snr=rescale)
+    table = scheduler.alphas_cumprod.double()
+    alpha_squared = VPTabulated(scheduler.alphas_cumprod).alpha(points_of(1000)).square()
+    torch.testing.assert_close(alpha_squared[:-1], table[:-1], rtol=1e-12, atol=0)
+    assert float(alpha_squared[-1]) == pytest.approx(float(min(table[-2], 2**-24) if rescale else table[-1]), rel=1e-12)
+    assert not rescale or table[-1] in (0, 2**-24)
+
+
+def test_table_of_a_smooth_schedule_is_that_schedule() -> None:
+    """From 1000 values of VPDiscrete alone, the curve between them comes back, and the betas.
+
+    At second order, on VPLinear: a quarter of the error with twice the values.
+    """
+    t = torch.linspace(0, 1, 7919, dtype=torch.float64)
+    exact = VPDiscrete()
+    table = VPTabulated(exact.alpha(points_of(1000)).square())
+    torch.testing.assert_close(table.log_alpha(t), exact.log_alpha(t), rtol=0, atol=1e-9)
+    torch.testing.assert_close(table.diffusion_squared(t), exact.diffusion_squared(t), rtol=1e-5, atol=0)
+    linear, inside = VPLinear(), t[t > 0.05]
+    tables = [VPTabulated(linear.alpha(points_of(count)).square()) for count in (500, 1000)]
+    coarse, fine = ((s.diffusion_squared(inside) - linear.diffusion_squared(inside)).abs().max() for s in tables)
+    assert 3 < float(coarse / fine) < 5
+
+
+@pytest.mark.parametrize("beta_schedule", ["linear", "scaled_linear", "squaredcos_cap_v2"])
+@pytest.mark.parametrize("count", [100, 1000])
+def test_betas_that_jump_leave_no_negative_beta(beta_schedule: str, count: int) -> None:
+    """g^2 < 0 has no SDE. Control: an ordinary spline has it where linear betas are rescaled to a terminal zero."""
+    diffusers = pytest.importorskip("diffusers")
+    table = diffusers.DDIMScheduler(count, beta_schedule=beta_schedule, rescale_betas_zero_snr=True).alphas_cumprod
+    schedule, t = VPTabulated(table), torch.linspace(0, 1, 100 * count + 1, dtype=torch.float64)
+    assert float(schedule.diffusion_squared(t).min()) >= 0
+    assert float(schedule.log_alpha(t).diff().max()) <= 1e-14
+    if beta_schedule != "squaredcos_cap_v2":
+        knots = torch.arange(count + 1, dtype=torch.float64) / count
+        spline = CubicSpline(knots.numpy(), schedule.log_alpha(knots).numpy())
+        assert spline(t.numpy(), 1).max() > 1e-3
+
+
+def test_zero_terminal_signal_is_finite() -> None:
+    """Where a table ends in 0, f, g^2 and the noise at t = 1 are finite, and generation starts there."""
+    for last in (0.0, 2**-24):
+        schedule = VPTabulated(torch.tensor([0.9, 0.5, 0.1, last]))
+        assert schedule.t_start == 1
+        for value in (schedule.drift_rate(1.0), schedule.diffusion_squared(1.0), schedule.log_alpha(1.0)):
+            assert math.isfinite(float(value))
+        assert float(schedule.alpha(1.0)) == pytest.approx(2**-12, rel=1e-12)
+
+
+def test_table_keeps_its_own_numbers() -> None:
+    """The scheduler's tensor may change later: the schedule does not, and leaves it alone."""
+    table = torch.tensor([0.9, 0.5, 0.0], dtype=torch.float64)
+    schedule = VPTabulated(table)
+    before = schedule.alpha(0.6)
+    assert table.tolist() == [0.9, 0.5, 0.0]
+    table.fill_(0.3)
+    assert schedule.alpha(0.6) == before
+    assert "count=3" in repr(schedule)
+
+
 @each_schedule
 def test_float_tensor_and_dtype(schedule: NoiseSchedule) -> None:
     """Floats give float64, tensors keep their shape and dtype, and float32 agrees to its precision."""
@@ -165,6 +242,14 @@ def test_times_outside_the_unit_interval_are_refused(schedule: NoiseSchedule, t)
         lambda: VPCosine(offset=-0.1),
         lambda: VPDiscrete(beta_end=1.5),
         lambda: VPDiscrete(count=1),
+        lambda: VPTabulated(torch.tensor([0.9])),
+        lambda: VPTabulated(torch.empty(0)),
+        lambda: VPTabulated(torch.tensor([1.0, 0.5])),
+        lambda: VPTabulated(torch.tensor([0.9, 0.95, 0.5])),
+        lambda: VPTabulated(torch.tensor([0.9, 0.0, 0.0])),
+        lambda: VPTabulated(torch.tensor([0.9, -0.1])),
+        lambda: VPTabulated(torch.tensor([0.9, math.nan, 0.5])),
+        lambda: VPTabulated(torch.tensor([0.9, math.nan])),
         lambda: VE(sigma_min=0.0),
         lambda: VE(sigma_min=1.0, sigma_max=1.0),
     ],

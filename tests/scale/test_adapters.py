@@ -1,9 +1,6 @@
-"""Adapter files of strangers: what is loaded does what the file says, and what is wrong is refused before it acts."""
+"""Loading an adapter: what it does to the denoiser, how strong it is, and where its file is found."""
 
-import io
 import json
-import pickle
-import struct
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,11 +9,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from scale.adapters import FILE_NAMES, denoiser_name, load_adapter, lora_layers
+from scale.adapters import FILE_NAMES, adapter_file, denoiser_name, denoiser_of, load_adapter, lora_layers
+from tests.scale import adapter_files as files
 from tests.scale import tiny
+from tests.scale.adapter_files import Table, assert_untouched
 
 SAFE, PICKLE = FILE_NAMES
-Table = dict[str, Tensor]
 
 
 @pytest.fixture(scope="module")
@@ -142,158 +140,9 @@ def test_a_loaded_adapter_is_frozen(file: Path) -> None:
     assert not any(part.training or part.weight.requires_grad for part in factors)
 
 
-class Bomb:
-    """Unpickling one of these makes a file."""
-
-    def __init__(self, sentinel: Path) -> None:
-        self.sentinel = sentinel
-
-    def __reduce__(self):
-        return Path.touch, (self.sentinel,)
-
-
-@pytest.mark.parametrize("name", [PICKLE, SAFE, "lora.pt", "lora.ckpt", "lora"])
-@pytest.mark.parametrize("writer", ["pickle", "torch"])
-def test_a_malicious_pickle_runs_nothing(pipe, tmp_path: Path, name: str, writer: str) -> None:
-    """A pickle that asks for code is refused under any name, and its code does not run."""
-    sentinel, path = tmp_path / "sentinel", tmp_path / name
-    payload = {"unet.lora_A.weight": Bomb(sentinel)}
-    if writer == "torch":
-        torch.save(payload, path)
-    else:
-        path.write_bytes(pickle.dumps(payload))
-    with pytest.raises(ValueError, match=r"refused|no readable"):
-        load_adapter(pipe, path, "a")
-    assert not sentinel.exists()
-    assert_untouched(pipe)
-    data = path.read_bytes()
-    torch.load(io.BytesIO(data), weights_only=False) if writer == "torch" else pickle.loads(data)
-    assert sentinel.exists(), "the control: the payload does run where pickles are trusted"
-
-
-def assert_untouched(pipe) -> None:
-    assert not getattr(pipe.unet, "peft_config", {})
-    assert not lora_layers(pipe.unet)
-
-
-def without(table: Table, part: str) -> Table:
-    return {key: value for key, value in table.items() if part not in key}
-
-
-def changed(table: Table, change: Callable[[Tensor], Tensor], part: str = "lora_A") -> Table:
-    first = next(key for key in table if part in key)
-    return table | {first: change(table[first]).contiguous()}
-
-
-WRONG_TABLES: dict[str, tuple[Callable[[Table], Table], str]] = {
-    "empty": (lambda t: {}, "changes no layer"),
-    "other tensors": (lambda t: {"mean": torch.zeros(3)}, "changes no layer; its keys: mean"),
-    "another denoiser": (lambda t: {k.replace("unet", "transformer"): v for k, v in t.items()}, "changes no layer"),
-    "unknown layer": (lambda t: {k.replace("blocks", "stones"): v for k, v in t.items()}, "does not have; wrong base"),
-    "NaN": (lambda t: changed(t, lambda v: v * torch.nan), "NaN or infinite"),
-    "infinite": (lambda t: changed(t, lambda v: v / 0), "NaN or infinite"),
-    "one NaN": (lambda t: changed(t, lambda v: v.flatten().index_fill(0, torch.tensor(0), torch.nan).view(v.shape)),
-                "NaN or infinite"),
-    "text encoder": (lambda t: t | {"text_encoder.q_proj.lora_A.weight": torch.zeros(4, 4)}, "text-encoder part"),
-    "kohya's text encoder": (lambda t: t | {"lora_te1_x.lora_down.weight": torch.zeros(4, 4)}, "text-encoder part"),
-    "DoRA": (lambda t: t | {"unet.x.lora_magnitude_vector": torch.zeros(4)}, "DoRA part"),
-    "kohya's DoRA": (lambda t: t | {"lora_unet_x.dora_scale": torch.zeros(4)}, "DoRA part"),
-    "wide": (lambda t: changed(t, lambda v: torch.cat([v, v], 1)), "has shape"),
-    "other ranks": (lambda t: changed(t, lambda v: v[:2]), "has shape"),
-    "rank zero": (lambda t: {k: v[:0] if "lora_A" in k else v[:, :0] for k, v in t.items()}, "has shape"),
-    "a flat factor": (lambda t: changed(t, lambda v: v.flatten()[:4], "lora_B"), "has shape"),
-    "a scalar": (lambda t: changed(t, lambda v: v.sum()), "has shape"),
-    "half a pair": (lambda t: without(t, "to_q.lora_B"), "without its other factor"),
-    "the other half": (lambda t: without(t, "to_q.lora_A"), "without its other factor"),
-    "a bias": (lambda t: t | {linear_key(t, "lora_B.bias"): torch.zeros(4)}, "does not have"),
-    "kohya's, of another model": (lambda t: {"lora_unet_x.lora_down.weight": torch.zeros(4, 4)}, "not kohya's"),
-}  # fmt: skip
-
-
-def linear_key(table: Table, end: str) -> str:
-    return f"unet.{linear_paths(table)[0]}.{end}"
-
-
-@pytest.mark.parametrize("case", WRONG_TABLES)
-def test_wrong_tensors_are_refused(pipe, table: Table, tmp_path: Path, case: str) -> None:
-    """Tensors that are no LoRA of this denoiser are a ValueError that says why, and leave the denoiser as it was."""
-    change, reason = WRONG_TABLES[case]
-    save_file(change(table), tmp_path / SAFE)
-    with pytest.raises(ValueError, match=reason):
-        load_adapter(pipe, tmp_path, "a")
-    assert_untouched(pipe)
-
-
-def test_an_adapter_of_another_base_is_refused(tmp_path: Path) -> None:
-    """An SDXL adapter on SD has other shapes: refused, not silently half loaded."""
-    folder = tiny.save_lora(tiny.sdxl, tmp_path, 1, ("to_k",))
-    with pytest.raises(ValueError, match="wrong base model"):
-        load_adapter(tiny.sd(), folder, "a")
-
-
-@pytest.mark.parametrize(
-    ("settings", "reason"),
-    [
-        ("{", "cannot be read"),
-        ("[" * 100_000, "cannot be read"),
-        ("[1, 2]", "cannot be read"),
-        ('{"unet.lora_alpha": NaN}', "cannot be read"),
-        ('{"unet.lora_alpha": "os"}', "cannot be read"),
-        ('{"unet.lora_alpha": null}', "cannot be read"),
-        ('{"unet.alpha_pattern": {"x": Infinity}}', "cannot be read"),
-        ('{"unet.alpha_pattern": [1]}', "cannot be read"),
-        ('{"unet.alpha_pattern": {"(": 1}}', "cannot be read"),
-        ('{"unet.use_dora": true}', "DoRA"),
-    ],
-)
-def test_a_hostile_header_is_refused(table: Table, tmp_path: Path, settings: str, reason: str) -> None:
-    """Settings that are no numbers are refused, before an alpha of NaN can blacken every picture."""
-    pipe = tiny.sd()
-    with pytest.raises(ValueError, match=reason):
-        load_adapter(pipe, save_with_header(table, tmp_path / SAFE, settings), "a")
-    assert_untouched(pipe)
-
-
-BYTES: dict[str, Callable[[bytes], bytes]] = {
-    "empty": lambda data: b"",
-    "cut in the header": lambda data: data[:100],
-    "cut in the tensors": lambda data: data[: len(data) // 2],
-    "one byte short": lambda data: data[:-1],
-    "a huge header": lambda data: struct.pack("<Q", 2**62) + data[8:],
-    "text": lambda data: b"<html>404 not found</html>",
-    "zeros": lambda data: bytes(1000),
-}
-
-
-@pytest.mark.parametrize("name", [SAFE, PICKLE])
-@pytest.mark.parametrize("case", BYTES)
-def test_broken_files_are_refused(pipe, file: Path, tmp_path: Path, case: str, name: str) -> None:
-    """A download that was cut, or is no adapter at all, is a ValueError that names the file."""
-    (tmp_path / name).write_bytes(BYTES[case](file.read_bytes()))
-    with pytest.raises(ValueError, match=name):
-        load_adapter(pipe, tmp_path / name, "a")
-    assert_untouched(pipe)
-
-
-def test_missing_files_are_refused(pipe, tmp_path: Path) -> None:
-    """No file, and a folder without one, are a ValueError that says what to give."""
-    with pytest.raises(ValueError, match="no adapter at"):
-        load_adapter(pipe, tmp_path / "none.safetensors", "a")
-    with pytest.raises(ValueError, match="holds none of"):
-        load_adapter(pipe, tmp_path, "a")
-
-
-def test_a_pickle_that_is_no_table_is_refused(pipe, tmp_path: Path) -> None:
-    """A pickle of safe types that are no tensors is refused too."""
-    for payload in ([torch.zeros(3)], {"state_dict": {"x": torch.zeros(3)}}, {3: torch.zeros(3)}, 5):
-        torch.save(payload, tmp_path / PICKLE)
-        with pytest.raises(ValueError, match="no table of tensors"):
-            load_adapter(pipe, tmp_path, "a")
-
-
-@pytest.mark.parametrize("name", ["", "a.b", "base", "__base__"])
+@pytest.mark.parametrize("name", ["", "a.b", "base", "__base__", "half", "pop"])
 def test_names_that_peft_cannot_hold_are_refused(pipe, file: Path, name: str) -> None:
-    """torch keys modules by adapter names, which forbids dots; "base" is the bare model."""
+    """torch keys modules by adapter names, which forbids dots and methods' names; "base" is the bare model."""
     with pytest.raises(ValueError, match="no adapter can be named"):
         load_adapter(pipe, file, name)
     assert_untouched(pipe)
@@ -317,25 +166,6 @@ def test_a_pipeline_without_a_denoiser() -> None:
         denoiser_name(DiffusionPipeline())
 
 
-@pytest.mark.parametrize("dtype", [torch.int8, torch.bool, torch.complex64, torch.float8_e4m3fn])
-def test_numbers_that_are_no_floats_are_refused(tmp_path: Path, dtype: torch.dtype) -> None:
-    """Types that a LoRA cannot be stored in would be a traceback, or load as something else."""
-    pipe = tiny.sd()
-    file = tiny.save_lora(tiny.sd, tmp_path / "a", 1) / "pytorch_lora_weights.safetensors"
-    save_file({key: value.to(dtype) for key, value in load_file(file).items()}, file)
-    with pytest.raises(ValueError, match="save it as"):
-        load_adapter(pipe, file, "a")
-
-
-@pytest.mark.parametrize("header", [{"unet.alpha_pattern": {"([a-z_0-9.]+)+X": 4}}, {"unet.lora_alpha": 10**400}])
-def test_a_hostile_header_neither_hangs_nor_crashes(tmp_path: Path, header: dict) -> None:
-    """A regular expression that backtracks for ever, and an alpha that no float holds, are refused at once."""
-    file = tiny.save_lora(tiny.sd, tmp_path / "a", 1) / "pytorch_lora_weights.safetensors"
-    save_file(load_file(file), file, {"lora_adapter_metadata": json.dumps(header)})
-    with pytest.raises(ValueError, match="header"):
-        load_adapter(tiny.sd(), file, "a")
-
-
 def test_an_alpha_pattern_acts_on_the_modules_it_names(tmp_path: Path) -> None:
     """Alpha 8 at rank 4 doubles the layers that the header names, the others keep 1."""
     pipe = tiny.sd()
@@ -346,3 +176,131 @@ def test_an_alpha_pattern_acts_on_the_modules_it_names(tmp_path: Path) -> None:
     scales = {name: layer.scaling["a"] for name, layer in pipe.unet.named_modules() if hasattr(layer, "scaling")}
     assert scales == {name: 2.0 if name.endswith("attn1.to_q") else 1.0 for name in scales}
     assert set(scales.values()) == {1.0, 2.0}
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("make", [tiny.sd, tiny.flux], ids=["sd", "flux"])
+def test_an_adapter_takes_the_denoisers_dtype(make, tmp_path: Path, dtype: torch.dtype) -> None:
+    """In half precision the factors are in half precision too, and add what they should at that precision."""
+    pipe = make().to(dtype)
+    adapter = files.random_adapter(pipe)
+    load_adapter(pipe, files.pipeline(adapter, denoiser_name(pipe), tmp_path), "a")
+    factors = [
+        part[name].weight for x in lora_layers(denoiser_of(pipe)) for part in (x.lora_A, x.lora_B) for name in part
+    ]
+    assert {factor.dtype for factor in factors} == {dtype}
+    rounded = {path: (down.to(dtype).float(), up.to(dtype).float()) for path, (down, up) in adapter.items()}
+    files.assert_adds(pipe, rounded, rtol=8 * torch.finfo(dtype).eps)
+
+
+def test_values_that_half_precision_cannot_hold_are_refused(table: Table, tmp_path: Path) -> None:
+    """1e6 is a float, but infinite in float16, where it would blacken every picture; alpha likewise."""
+    pipe = tiny.sd().to(torch.float16)
+    first = next(iter(table))
+    with pytest.raises(ValueError, match=r"too large for torch.float16"):
+        load_adapter(pipe, files.write(table | {first: torch.full_like(table[first], 1e6)}, tmp_path / SAFE), "a")
+    with pytest.raises(ValueError, match=r"too large for torch.float16"):
+        load_adapter(pipe, files.write(table, tmp_path / SAFE, {"unet.lora_alpha": 1e6}), "a")
+    assert_untouched(pipe)
+
+
+def test_a_compiled_denoiser_takes_adapters(file: Path, table: Table) -> None:
+    """torch.compile wraps the denoiser in another module; the layers are the wrapped one's."""
+    pipe = tiny.sd()
+    unet = pipe.unet
+    pipe.unet = torch.compile(unet)
+    load_adapter(pipe, file, "a")
+    assert denoiser_of(pipe) is unet
+    assert len(lora_layers(unet)) == len(table) // 2
+
+
+def test_loading_draws_no_random_numbers(pipe, file: Path) -> None:
+    """torch's global generator is as it was: who loads an adapter more makes the same pictures otherwise."""
+    before = torch.get_rng_state()
+    load_adapter(pipe, file, "a")
+    assert torch.equal(torch.get_rng_state(), before)
+    pipe.unet.unload_lora()
+
+
+def test_fused_adapters_are_refused(file: Path) -> None:
+    """Adapters that are fused into the base weights cannot be switched off; unfused, they can."""
+    pipe = tiny.sd()
+    load_adapter(pipe, file, "a")
+    pipe.fuse_lora()
+    with pytest.raises(ValueError, match=r"fused into the denoiser \(a\); call pipe.unfuse_lora"):
+        load_adapter(pipe, file, "b")
+    pipe.unfuse_lora()
+    load_adapter(pipe, file, "b")
+
+
+@pytest.mark.parametrize("loaded", [(), ("a",)], ids=["none before", "one before"])
+def test_a_failure_inside_peft_leaves_no_trace(
+    tmp_path: Path, file: Path, loaded: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where peft fails after it has wrapped layers, they are unwrapped: same modules, same gradients as before."""
+    pipe = tiny.sd()
+    for name in loaded:
+        load_adapter(pipe, file, name)
+    modules = {path: id(module) for path, module in pipe.unet.named_modules()}
+    gradients = [parameter.requires_grad for parameter in pipe.unet.parameters()]
+    other = files.pipeline(files.random_adapter(pipe, ("to_k", "proj_in")), "unet", tmp_path)
+
+    def fail(*args, **kwargs):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr("peft.set_peft_model_state_dict", fail)
+    with pytest.raises(ValueError, match="cannot be loaded: out of memory"):
+        load_adapter(pipe, other, "b")
+    monkeypatch.undo()
+    assert {path: id(module) for path, module in pipe.unet.named_modules()} == modules
+    assert [parameter.requires_grad for parameter in pipe.unet.parameters()] == gradients
+    assert list(getattr(pipe.unet, "peft_config", {})) == list(loaded)
+    load_adapter(pipe, other, "b")
+
+
+FOLDERS = {
+    "diffusers' name": (["pytorch_lora_weights.safetensors", "optimizer.bin", "other.safetensors"], 0),
+    "diffusers' pickle": (["pytorch_lora_weights.bin", "random_states.pkl"], 0),
+    "PEFT's name": (["adapter_model.safetensors", "adapter_config.json", "README.md"], 0),
+    "safetensors before pickles": (["pytorch_lora_weights.bin", "pytorch_lora_weights.safetensors"], 1),
+    "a name of its own": (["README.md", "my style.safetensors", "old.ckpt"], 1),
+    "a pickle of its own": (["style.ckpt", "notes.txt"], 0),
+}
+
+
+@pytest.mark.parametrize("case", FOLDERS)
+def test_the_adapter_of_a_folder_is_found(tmp_path: Path, case: str) -> None:
+    """Usual names win over others, and safetensors over pickles; the only file with an unusual name is found too."""
+    names, chosen = FOLDERS[case]
+    for name in names:
+        (tmp_path / name).touch()
+    assert adapter_file(tmp_path) == tmp_path / names[chosen]
+    assert adapter_file(tmp_path / names[-1]) == tmp_path / names[-1]
+
+
+@pytest.mark.parametrize("names", [["a.safetensors", "b.safetensors"], ["a.pt", "b.bin"], [SAFE, "adapter_model.bin"]])
+def test_a_folder_of_several_adapters_is_refused(tmp_path: Path, names: list[str]) -> None:
+    """Which of two adapters is meant only the user knows: the error names them."""
+    for name in names:
+        (tmp_path / name).touch()
+    with pytest.raises(ValueError, match=rf"holds 2 adapters \({names[0]}, {names[1]}\); name the file itself"):
+        adapter_file(tmp_path)
+
+
+def test_missing_files_are_refused(pipe, tmp_path: Path) -> None:
+    """No file, and a folder without one, are a ValueError that says what to give."""
+    with pytest.raises(ValueError, match="no adapter at"):
+        load_adapter(pipe, tmp_path / "none.safetensors", "a")
+    with pytest.raises(ValueError, match="holds none of"):
+        load_adapter(pipe, tmp_path, "a")
+
+
+def test_layers_of_many_ranks(tmp_path: Path) -> None:
+    """Where ranks differ everywhere each layer has its own: ours are named to peft in groups, and noted by layer."""
+    pipe = tiny.sd()
+    adapter = files.random_adapter(pipe, ("to_q", "to_k", "to_out.0", "conv1", "conv2"), (1, 2, 3, 1, 4, 5, 6))
+    load_adapter(pipe, files.pipeline(adapter, "unet", tmp_path), "a")
+    config, ranks = pipe.unet.peft_config["a"], {path: len(down) for path, (down, _) in adapter.items()}
+    assert len(set(ranks.values())) == 6
+    assert {path: layer.r["a"] for path, layer in pipe.unet.named_modules() if hasattr(layer, "lora_A")} == ranks
+    assert {path: config.rank_pattern.get(f"^{path}", config.r) for path in ranks} == ranks

@@ -21,7 +21,6 @@ from torch import Tensor
 from dbtheory import Preference
 from dbtheory.blend import Step
 from scale import attach
-from scale.attachment import phases
 from tests.scale import tiny
 
 PROMPTS = ["a red circle", "a blue heart and a white star"]
@@ -185,17 +184,6 @@ def test_both_rows_of_guidance_follow_one_expert(files: dict, make: Make, monkey
     assert torch.equal(choices[:, :2], choices[:, 2:])
     assert len(choices) == 8
     assert len(choices.unique()) == 2
-
-
-def test_phases_are_uniform_and_differ() -> None:
-    """The hash of the first latents is a uniform on [0, 1) that tells images apart and repeats itself."""
-    x = torch.randn(500, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-    phase = phases(x)
-    assert torch.equal(phase, phases(x))
-    assert len(phase.unique()) == 500
-    assert 0.4 < float(phase.mean()) < 0.6
-    assert float(phase.min()) >= 0
-    assert float(phase.max()) < 1
 
 
 def test_callbacks_batches_and_output_types_keep_working(make: Make, files: dict) -> None:

@@ -3,16 +3,19 @@
 import pytest
 
 from dbtheory.blend import MeanBlend, SampledBlend
+from dbtheory.interpolate import InterpolatedBlend
+from dbtheory.precision import PrecisionBlend
 from dbtheory.preference import Preference
 from scale.methods import METHODS, make_blender
+from scale.soup import SoupBlend
 
 BOTH = Preference({"a": 0.25, "b": 0.75}, kl_scale=0.5)
 ONE = Preference({"a": 1.0}, kl_scale=1.5)
 
 
 def test_the_methods() -> None:
-    """The names that users type are these four."""
-    assert list(METHODS) == ["base", "mpa", "kla", "mpa-ls"]
+    """The names that users type are these."""
+    assert list(METHODS) == ["base", "mpa", "kla", "mpa-ls", "msdda", "interp", "rs", "rs-factors"]
 
 
 def coefficients(blender: MeanBlend | SampledBlend) -> dict[str, float]:
@@ -41,6 +44,40 @@ def test_kla_extrapolates_one_adapter() -> None:
 def test_base_follows_no_adapter() -> None:
     """base is the bare model whatever the weights and lambda say."""
     assert coefficients(make_blender("base", BOTH, ["a", "b"])) == {"base": 1.0, "a": 0.0, "b": 0.0}
+
+
+def test_msdda_without_variances_is_mpa() -> None:
+    """Steps of one variance fuse to their mean; with variances they do not."""
+    assert make_blender("msdda", BOTH, ["a", "b"]) == make_blender("mpa", BOTH, ["a", "b"])
+    blender = make_blender("msdda", BOTH, ["a", "b"], variances={"base": 1.0, "a": 2.0, "b": 1.0})
+    assert isinstance(blender, PrecisionBlend)
+
+
+def test_soups_and_interpolation() -> None:
+    """rs averages deltas, rs-factors factors; interp takes midpoints, whose adapters have no weight."""
+    assert make_blender("rs", BOTH, ["a", "b"]) == SoupBlend(BOTH, "deltas")
+    assert make_blender("rs-factors", BOTH, ["a", "b"]) == SoupBlend(BOTH, "factors")
+    blender = make_blender("interp", BOTH, ["a", "b", "ab"], midpoints={("a", "b"): "ab"})
+    assert blender == InterpolatedBlend(BOTH, {("a", "b"): "ab"})
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "reason"),
+    [
+        ("mpa", {"order": "iid"}, "order belongs to the method mpa-ls"),
+        ("mpa", {"variances": {"base": 1.0}}, "variances belongs to the method msdda"),
+        ("mpa-ls", {"order": "random"}, "low-discrepancy"),
+        ("msdda", {"variances": {"a": 1.0, "b": 1.0}}, "base"),
+        ("msdda", {"variances": {"base": 1.0, "a": -1.0, "b": 1.0}}, "positive"),
+        ("interp", {}, "middle of edges"),
+        ("interp", {"midpoints": {("a", "b"): "ab"}}, "no adapter for the midpoint ab"),
+        ("rs", {"midpoints": {("a", "b"): "a"}}, "midpoints belongs to the method interp"),
+    ],
+)
+def test_wrong_options_are_refused(method: str, options: dict, reason: str) -> None:
+    """An option of another method, or one that its method cannot use, is named."""
+    with pytest.raises(ValueError, match=reason):
+        make_blender(method, BOTH, ["a", "b"], **options)
 
 
 @pytest.mark.parametrize(

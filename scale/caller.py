@@ -1,0 +1,44 @@
+"""What the pipeline that calls a denoiser does with its answer."""
+
+import sys
+from typing import Any
+
+from diffusers import DiffusionPipeline
+from jaxtyping import Float
+from torch import Tensor, nn
+
+
+def calling_pipeline(denoiser: nn.Module) -> Any | None:
+    """The pipeline whose call is running: pipelines may share a denoiser, and only their schedulers tell the step.
+
+    A denoiser is told neither, so this looks up the stack. None inside a loop that is no pipeline's.
+    """
+    frame = sys._getframe(1)
+    while frame is not None:
+        caller = frame.f_locals.get("self")
+        if isinstance(caller, DiffusionPipeline) and any(
+            getattr(part, "_orig_mod", part) is denoiser for part in caller.components.values()
+        ):
+            return caller
+        frame = frame.f_back
+    return None
+
+
+def rows_per_image(pipe: Any, rows: int) -> int:
+    """2 where the call's rows are the unconditional ones of all images and then the conditional ones, else 1."""
+    # pipelines that were never called have no guidance scale yet, and others know none
+    return 2 if getattr(pipe, "do_classifier_free_guidance", False) and rows % 2 == 0 else 1
+
+
+def guided(predictions: Float[Tensor, "m rows *event"], rows: int, pipe: Any) -> Float[Tensor, "m n *event"]:
+    """The predictions that steer the images, in float32: `uncond + guidance (cond - uncond)` of two rows an image."""
+    predictions = predictions.float()
+    if rows == 1:
+        return predictions
+    unconditional, conditional = predictions.chunk(2, 1)
+    return unconditional + pipe.guidance_scale * (conditional - unconditional)
+
+
+def is_compiled(denoiser: nn.Module, called: nn.Module) -> bool:
+    """Whether torch.compile acts on the denoiser (`called` is what the pipeline calls) or on any part of it."""
+    return called is not denoiser or any(part._compiled_call_impl is not None for part in denoiser.modules())
