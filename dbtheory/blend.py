@@ -111,16 +111,22 @@ class SampledBlend:
             _law(self.preference.coefficients())
 
     def __call__(self, experts: Experts, x: Points, t: Tensor | float, step: Step) -> Points:
+        assignment = self.assign(experts, len(x), step)
+        if assignment is None:
+            return experts.predict(x, t, active_names(experts, self.preference.coefficients(step.progress)))[0]
+        return experts.predict_each(x, t, assignment.to(x.device))
+
+    def assign(self, experts: Experts, n: int, step: Step) -> Int64[Tensor, " n"] | None:
+        """Which of the experts each of `n` samples follows at this step; None where only one has a coefficient."""
         self.preference.validate(experts.names)
-        self.preference.require_rows(len(x), step.progress)
+        self.preference.require_rows(n, step.progress)
         names, probabilities = self._probabilities(experts, step)
         if len(names) == 1:
-            return experts.predict(x, t, names)[0]
-        if step.phase.shape != x.shape[:1]:
-            raise ValueError(f"one phase a sample: {x.shape[0]} samples, phase of shape {tuple(step.phase.shape)}")
-        choice = self.choose(probabilities, step)
-        index = torch.tensor([experts.names.index(name) for name in names], device=choice.device)
-        return experts.predict_each(x, t, index[choice].to(x.device))
+            return None
+        if step.phase.shape != (n,):
+            raise ValueError(f"one phase a sample: {n} samples, phase of shape {tuple(step.phase.shape)}")
+        index = torch.tensor([experts.names.index(name) for name in names], device=step.phase.device)
+        return index[self.choose(probabilities, step)]
 
     def choose(self, probabilities: Probabilities | Float[Tensor, "steps rows m"], step: Step) -> Int64[Tensor, " n"]:
         """One index into `probabilities` for each sample, at this step.

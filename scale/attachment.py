@@ -33,6 +33,7 @@ def attach(
     order: str = "low-discrepancy",
     variances: Mapping[str, float] | None = None,
     midpoints: Mapping[Edge, str] | None = None,
+    exact: float = 0.2,
     correct: str | None = None,
     max_batch: int | None = None,
 ) -> "Knob":
@@ -40,6 +41,7 @@ def attach(
 
     `method` is one of `scale.methods.METHODS`, with these options:
     - mpa-ls: `order` in which experts are drawn, "low-discrepancy" or "iid";
+    - mpa-held: `exact`, the share of first steps that evaluate every expert; after them it costs what one model does;
     - msdda: `variances` of the experts' steps by name, and of "base", in units of the sampler's own (default: what the
       adapters' cards say, 1 where a card is silent; without any card it is mpa, and says so in the log);
     - interp: `midpoints`, from an edge such as ("a", "b") or ("base", "a") to the adapter trained at its middle;
@@ -58,8 +60,9 @@ def attach(
     if variances is None and method == "msdda":
         variances = _variances_of_cards(adapters)
     make = functools.partial(
-        make_blender, method, adapters=tuple(adapters), order=order, variances=variances, midpoints=midpoints
-    )
+        make_blender, method, adapters=tuple(adapters), order=order, variances=variances, midpoints=midpoints,
+        exact=exact,
+    )  # fmt: skip
     _check_options(make(preference), method, correct, max_batch)
     denoiser = denoiser_of(pipe)
     _require_bare(denoiser)
@@ -103,8 +106,8 @@ class Knob:
     def certificate(self) -> Certificate | None:
         """What the latest call's evaluations say of its images, in the order of its latents.
 
-        None before the first call, where the method evaluates one model a step (mpa-ls, rs, rs-factors) or is no
-        affine blend (msdda with variances), and where the scheduler's noise levels are unknown.
+        None before the first call, where the method evaluates one model a step (mpa-ls, mpa-held, rs, rs-factors) or
+        is no affine blend (msdda with variances), and where the scheduler's noise levels are unknown.
         """
         return self._hook.certificate
 

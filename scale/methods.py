@@ -7,6 +7,7 @@ from dbtheory.blend import Blender, MeanBlend, SampledBlend
 from dbtheory.interpolate import InterpolatedBlend
 from dbtheory.precision import PrecisionBlend
 from dbtheory.preference import BASE, Preference
+from scale.held import HeldBlend
 from scale.soup import SoupBlend
 
 Edge = tuple[str, str]
@@ -19,6 +20,7 @@ class Options:
     order: str = "low-discrepancy"
     variances: Mapping[str, float] | None = None
     midpoints: Mapping[Edge, str] | None = None
+    exact: float = 0.2
 
 
 def _base(preference: Preference, _: Options) -> Blender:
@@ -39,12 +41,21 @@ def _kla(preference: Preference, _: Options) -> Blender:
 
 
 def _mpa_ls(preference: Preference, options: Options) -> Blender:
+    _require_probability(preference, "mpa-ls")
+    return SampledBlend(preference, options.order)
+
+
+def _mpa_held(preference: Preference, options: Options) -> Blender:
+    _require_probability(preference, "mpa-held")
+    return HeldBlend(preference, options.exact)
+
+
+def _require_probability(preference: Preference, method: str) -> None:
     if isinstance(preference.kl_scale, float) and preference.kl_scale > 1:
         raise ValueError(
-            f"mpa-ls draws one expert a step, so kl_scale is a probability, received {preference.kl_scale}; "
+            f"{method} draws one expert a step, so kl_scale is a probability, received {preference.kl_scale}; "
             "use mpa, which goes above 1"
         )
-    return SampledBlend(preference, options.order)
 
 
 def _msdda(preference: Preference, options: Options) -> Blender:
@@ -76,13 +87,14 @@ METHODS: dict[str, Callable[[Preference, Options], Blender]] = {
     "mpa": _mpa,
     "kla": _kla,
     "mpa-ls": _mpa_ls,
+    "mpa-held": _mpa_held,
     "msdda": _msdda,
     "interp": _interp,
     "rs": _rs,
     "rs-factors": _rs_factors,
 }
 # which method an option belongs to
-OWNERS = {"order": "mpa-ls", "variances": "msdda", "midpoints": "interp"}
+OWNERS = {"order": "mpa-ls", "variances": "msdda", "midpoints": "interp", "exact": "mpa-held"}
 
 
 def make_blender(
@@ -93,20 +105,21 @@ def make_blender(
     order: str = "low-discrepancy",
     variances: Mapping[str, float] | None = None,
     midpoints: Mapping[Edge, str] | None = None,
+    exact: float = 0.2,
 ) -> Blender:
     """The blender of a method: one of `METHODS`.
 
     `order` is mpa-ls's; `variances` are msdda's, by expert and for "base", in units of the sampler's own step variance
     (None: all are equal, so that msdda is mpa); `midpoints` are interp's, which maps an edge to the adapter trained
-    at its middle (`InterpolatedBlend`). The preference names every other adapter.
+    at its middle (`InterpolatedBlend`); `exact` is mpa-held's. The preference names every other adapter.
 
     Raises:
         ValueError: an unknown method; an option of another method; weights that are not those of `adapters`; what the
-            method's blender refuses; `kla` with several adapters; `mpa-ls` with `kl_scale > 1`.
+            method's blender refuses; `kla` with several adapters; `mpa-ls` and `mpa-held` with `kl_scale > 1`.
     """
     if method not in METHODS:
         raise ValueError(f"unknown method {method!r}; the methods are {', '.join(METHODS)}")
-    options = Options(order, variances, midpoints)
+    options = Options(order, variances, midpoints, exact)
     for name, owner in OWNERS.items():
         if method != owner and getattr(options, name) != getattr(Options(), name):
             raise ValueError(f"{name} belongs to the method {owner}, received method {method!r}")

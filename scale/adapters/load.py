@@ -67,9 +67,10 @@ def load_adapter(pipe: DiffusionPipeline, path: str | Path, name: str) -> None:
 
 
 def _inject(pipe: DiffusionPipeline, denoiser: Any, layers: Mapping[str, Scaled], name: str) -> None:
+    dtype = denoiser.dtype  # once: diffusers walks all modules for it
     # copies: a file may change under a memory map, and what diffusers split shares memory, which cannot be saved
     state = {
-        f"{module}.lora_{which}.weight": factor.detach().to(denoiser.dtype, copy=True).contiguous()
+        f"{module}.lora_{which}.weight": factor.detach().to(dtype, copy=True).contiguous()
         for module, layer in layers.items()
         for which, factor in (("A", layer.down), ("B", layer.up))
     }
@@ -101,8 +102,8 @@ def _inject(pipe: DiffusionPipeline, denoiser: Any, layers: Mapping[str, Scaled]
     for layer in added:
         # loading leaves LoRA layers in train mode
         layer.eval().requires_grad_(False)
-        layer.lora_A[name].to(denoiser.dtype)
-        layer.lora_B[name].to(denoiser.dtype)
+        layer.lora_A[name].to(dtype)
+        layer.lora_B[name].to(dtype)
 
 
 def _most_common(values: Mapping[str, int | float]) -> int | float:

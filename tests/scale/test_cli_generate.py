@@ -164,6 +164,17 @@ def test_what_only_the_model_tells_is_refused_too(files: Path, capsys: pytest.Ca
     assert not list(Path().rglob("*.png"))
 
 
+def test_msdda_takes_the_variances_of_cards(files: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """What a card states is used and recorded; where no card states any, the log says that msdda is DB-MPA."""
+    carded = tiny.save_lora(tiny.sd, tmp_path / "carded", 4)
+    (carded / "README.md").write_text("---\nstep_variance: 0.5\n---\n")
+    record = run(files, f"--method msdda --weights a=.5 c=.5 --adapter c={carded}")
+    assert record["options"]["variances"] == {"c": 0.5}
+    assert not caplog.messages
+    assert run(files, "--method msdda --weights a=.5 b=.5")["options"]["variances"] is None
+    assert "msdda is DB-MPA here" in "".join(caplog.messages)
+
+
 def test_a_used_folder(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A second run replaces the first; a picture that is not the first's is refused by name, and stays."""
     run(files, "--weights a=1 --num 3")

@@ -29,8 +29,11 @@ CASES = [
     ("flux without guidance", "its own"),
     ("flux with true guidance", "its own"),
 ]
-SOME = ("sd", "sdxl", "img2img", "inpaint", "sd3", "flux", "flux with true guidance")
+# a family with one sampler of each kind: those where every method and order is tried
+FIRST = dict(reversed(CASES))
+SOME = ("sd", "img2img", "sd3", "flux with true guidance")
 Files = Callable[[Family], dict[str, Path]]
+Model = Callable[[Family, str], Any]
 
 
 @pytest.fixture(scope="module")
@@ -41,10 +44,26 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Files:
     return lambda family: family.adapters(folder / numbers[id(family)])
 
 
-@pytest.fixture(params=CASES, ids=lambda case: ", ".join(case))
-def case(request: pytest.FixtureRequest) -> tuple[Family, Sampler]:
-    family, sampler = request.param
-    return FAMILIES[family], SAMPLERS[sampler]
+@pytest.fixture(scope="module")
+def model(files: Files) -> Model:
+    """A family's denoiser with one adapter, or the base, by diffusers alone; made once."""
+    made: dict[tuple[int, str], Any] = {}
+
+    def find(family: Family, name: str) -> Any:
+        if (id(family), name) not in made:
+            made[id(family), name] = denoiser_of(single(family, files(family).get(name)))
+        return made[id(family), name]
+
+    return find
+
+
+Case = tuple[Family, Sampler]
+
+
+def cases(*names: tuple[str, str]) -> pytest.MarkDecorator:
+    """Families with their samplers, by name."""
+    values = [(FAMILIES[family], SAMPLERS[sampler]) for family, sampler in names]
+    return pytest.mark.parametrize("case", values, ids=[", ".join(name) for name in names])
 
 
 @pytest.fixture(params=SOME)
@@ -52,29 +71,35 @@ def family(request: pytest.FixtureRequest) -> Family:
     return FAMILIES[request.param]
 
 
-def test_one_hot_is_the_single_adapter_bit_for_bit(case: tuple[Family, Sampler], files: Files) -> None:
-    """All weight on one adapter is diffusers' own pipeline with that adapter, by every method that takes weights."""
+def assert_one_hot_is_single(case: Case, files: Files, method: str) -> None:
     family, sampler = case
-    alone = single(family, files(family)["shape"])
-    sampler.put_on(alone)
-    expected = latents(alone, family, sampler)
-    for method in ("mpa", "mpa-ls", "rs"):
-        pipe = family.make()
-        sampler.put_on(pipe)
-        knob = attach(pipe, files(family), weights(0.5), method)
-        mixed = latents(pipe, family, sampler)
-        knob.preference = weights(0.0)
-        assert torch.equal(latents(pipe, family, sampler), expected), method
-        assert distance(mixed, expected) > 1e-3, method  # the control: the weights do something
+    pipe, alone = family.make(), single(family, files(family)["shape"])
+    attach(pipe, files(family), weights(0.0), method)
+    sampler.put_on(pipe, alone)
+    assert torch.equal(latents(pipe, family, sampler), latents(alone, family, sampler))
 
 
-def test_mean_blend_is_a_plain_loop_over_models(case: tuple[Family, Sampler], files: Files) -> None:
+@cases(*CASES)
+def test_one_hot_is_the_single_adapter_bit_for_bit(case: Case, files: Files) -> None:
+    """All weight on one adapter is diffusers' own pipeline with that adapter."""
+    assert_one_hot_is_single(case, files, "mpa")
+
+
+@cases(*FIRST.items())
+@pytest.mark.parametrize("method", ["mpa-ls", "rs", "rs-factors"])
+def test_one_hot_by_the_other_methods(case: Case, files: Files, method: str) -> None:
+    """Drawing among one expert, and a soup of one, are that expert too, bit for bit."""
+    assert_one_hot_is_single(case, files, method)
+
+
+@cases(*CASES)
+def test_mean_blend_is_a_plain_loop_over_models(case: Case, files: Files, model: Model) -> None:
     """DB-MPA at w = (.3, .7), lambda = 1.2 is three whole models, evaluated in turn and averaged: 1e-5 in fp32."""
     family, sampler = case
     coefficients = {"style": 0.36, "shape": 0.84, "base": -0.2}
     pipe, reference = family.make(), family.make()
     attach(pipe, files(family), weights(0.3, 1.2))
-    models = {name: denoiser_of(single(family, files(family).get(name))) for name in coefficients}
+    models = {name: model(family, name) for name in coefficients}
 
     def averaged(*args: Any, **kwargs: Any) -> Tensor:
         return sum(c * models[name](*args, **kwargs)[0] for name, c in coefficients.items())  # pyright: ignore
@@ -104,9 +129,16 @@ class Draws:
         monkeypatch.setattr(SampledBlend, "choose", spy)
 
 
-@pytest.mark.parametrize("order", ["low-discrepancy", "iid"])
+@pytest.mark.parametrize(
+    ("case", "order"),
+    [
+        pytest.param((FAMILIES[family], SAMPLERS[sampler]), order, id=f"{family}, {sampler}, {order}")
+        for order, names in (("low-discrepancy", CASES), ("iid", FIRST.items()))
+        for family, sampler in names
+    ],
+)
 def test_sampled_blend_is_a_loop_that_switches_models(
-    case: tuple[Family, Sampler], files: Files, order: str, monkeypatch: pytest.MonkeyPatch
+    case: Case, order: str, files: Files, model: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """At each step each image is evaluated by the one model that was drawn for it, and by no other.
 
@@ -116,7 +148,7 @@ def test_sampled_blend_is_a_loop_that_switches_models(
     family, sampler = case
     pipe, reference = family.make(), family.make()
     attach(pipe, files(family), weights(0.3), "mpa-ls", order=order)
-    models = [denoiser_of(single(family, files(family)[name])) for name in ("style", "shape")]
+    models = [model(family, name) for name in ("style", "shape")]
     sampler.put_on(pipe, reference)
     draws = Draws(monkeypatch)
     result = latents(pipe, family, sampler)
@@ -136,7 +168,7 @@ def test_sampled_blend_is_a_loop_that_switches_models(
     choices = iter(draws.choices)
 
     def switching(*args: Any, **kwargs: Any) -> Tensor:
-        outputs = torch.stack([model(*args, **kwargs)[0] for model in models])
+        outputs = torch.stack([each(*args, **kwargs)[0] for each in models])
         return outputs[next(choices), torch.arange(outputs.shape[1])]
 
     answer_by(reference, switching)
@@ -144,21 +176,16 @@ def test_sampled_blend_is_a_loop_that_switches_models(
 
 
 def test_methods_differ(family: Family, files: Files) -> None:
-    """Control of the equalities: experts, base, and every method give different pictures."""
-    outcomes = {"base": latents(single(family, None), family)}
-    requests = {
-        "style": ("mpa", 1.0, {}),
-        "shape": ("mpa", 0.0, {}),
-        "mpa": ("mpa", 0.5, {}),
-        "mpa-ls": ("mpa-ls", 0.5, {}),
-        "mpa-ls iid": ("mpa-ls", 0.5, {"order": "iid"}),
-        "rs": ("rs", 0.5, {}),
-        "rs-factors": ("rs-factors", 0.5, {}),
-    }
-    pipe = family.make()
-    for name, (method, style, options) in requests.items():
-        knob = attach(pipe, files(family), weights(style), method, **options)
+    """Control of the equalities: experts, base, and every method give different pictures; detach gives the base's."""
+    pipe, outcomes = family.make(), {"base": latents(single(family, None), family)}
+    knob = attach(pipe, files(family), weights(1.0))
+    for name, preference in {"style": weights(1.0), "shape": weights(0.0), "mpa": weights(0.5)}.items():
+        knob.preference = preference
         outcomes[name] = latents(pipe, family)
+    knob.detach()
+    for method, options in (("mpa-ls", {}), ("mpa-ls", {"order": "iid"}), ("rs", {}), ("rs-factors", {})):
+        knob = attach(pipe, files(family), weights(0.5), method, **options)
+        outcomes[f"{method} {options}"] = latents(pipe, family)
         knob.detach()
     pairs = [(a, b) for i, a in enumerate(outcomes) for b in list(outcomes)[:i]]
     assert all(distance(outcomes[a], outcomes[b]) > 1e-4 for a, b in pairs)
@@ -169,56 +196,66 @@ def test_methods_differ(family: Family, files: Files) -> None:
 PER_IMAGE = (torch.tensor([0.1, 0.9, 0.0, 0.5]), torch.tensor([1.0, 0.6, 0.3, 0.0]))
 
 
-@pytest.mark.parametrize("method", ["mpa", "mpa-ls", "rs", "rs-factors"])
+@pytest.mark.parametrize("method", ["mpa", "mpa-ls", "rs"])
 def test_each_image_follows_its_own_preference(family: Family, files: Files, method: str) -> None:
     """A batch of two prompts with two images each, one preference an image, equals four calls: 1e-5 in fp32."""
     style, kl_scale = PER_IMAGE
     pipe, prompts, seeds = family.make(), ("a red circle", "a white star"), (1, 2, 3, 4)
     knob = attach(pipe, files(family), Preference({"style": style, "shape": 1 - style}, kl_scale), method)
     together = latents(pipe, family, prompts=prompts, seeds=seeds, num_images_per_prompt=2)
-    for i, seed in enumerate(seeds):
-        knob.preference = weights(float(style[i]), float(kl_scale[i]))
-        alone = latents(pipe, family, prompts=prompts[i // 2 : i // 2 + 1], seeds=[seed])
-        assert distance(together[i], alone[0]) < 1e-5
-        other = (i + 1) % 4
-        knob.preference = weights(float(style[other]), float(kl_scale[other]))
-        control = latents(pipe, family, prompts=prompts[i // 2 : i // 2 + 1], seeds=[seed])
-        assert distance(together[i], control[0]) > 1e-3
+
+    def alone(image: int, preference: int) -> Tensor:
+        knob.preference = weights(float(style[preference]), float(kl_scale[preference]))
+        return latents(pipe, family, prompts=prompts[image // 2 : image // 2 + 1], seeds=seeds[image : image + 1])[0]
+
+    for i in range(4):
+        assert distance(together[i], alone(i, i)) < 1e-5
+    assert distance(together[1], alone(1, 2)) > 1e-3  # the control
 
 
 @pytest.mark.parametrize("method", ["mpa", "mpa-ls", "rs"])
-def test_as_many_preferences_as_images(family: Family, files: Files, method: str) -> None:
+@pytest.mark.parametrize("kind", ["sd", "flux with true guidance"])
+def test_as_many_preferences_as_images(kind: str, files: Files, method: str) -> None:
     """Three or four preferences for two images are refused, also where guidance makes four rows; two then work."""
+    family = FAMILIES[kind]
     pipe = family.make()
     knob = attach(pipe, files(family), weights(0.5), method)
     for count in (3, 4):
         style = torch.linspace(0.2, 0.8, count)
         knob.preference = Preference({"style": style, "shape": 1 - style})
-        with pytest.raises(ValueError, match=r"2 images.*each of " + str(count)):
+        with pytest.raises(ValueError, match=f"2 images.*each of {count}"):
             latents(pipe, family)
     style = torch.tensor([0.2, 0.8])
     knob.preference = Preference({"style": style, "shape": 1 - style})
     assert bool(latents(pipe, family).isfinite().all())
 
 
-@pytest.mark.parametrize(("method", "options"), [("mpa", {}), ("mpa-ls", {"order": "iid"}), ("rs", {})])
-def test_a_function_of_progress_is_a_change_on_the_way(
-    family: Family, files: Files, method: str, options: dict
-) -> None:
+@pytest.mark.parametrize(
+    ("kind", "method", "options"),
+    [
+        ("sd", "mpa", {}),
+        ("sd", "mpa-ls", {"order": "iid"}),
+        ("sd", "rs", {}),
+        ("img2img", "mpa", {}),
+        ("flux with true guidance", "mpa", {}),
+    ],
+)
+def test_a_function_of_progress_is_a_change_on_the_way(kind: str, method: str, options: dict, files: Files) -> None:
     """A preference that switches at half way equals a callback that sets the knob then; progress is the schedule's."""
-    pipe, count = family.make(), 10
-    early, late = weights(0.8), weights(0.2)
+    family, count = FAMILIES[kind], 10
+    pipe, early, late = family.make(), weights(0.8), weights(0.2)
 
     def style(progress: float) -> float:
         return 0.8 if progress < 0.5 else 0.2
 
-    knob = attach(pipe, files(family), Preference({"style": style, "shape": lambda p: 1 - style(p)}), method, **options)
+    switching = Preference({"style": style, "shape": lambda progress: 1 - style(progress)})
+    knob = attach(pipe, files(family), switching, method, **options)
     changing = latents(pipe, family, num_inference_steps=count)
-    evaluated = int(count * family.options.get("strength", 1.0))
+    start = count - int(count * family.options.get("strength", 1.0))
+    assert start / (count - 1) < 0.5
 
     def callback(_pipe: Any, index: int, _t: Any, values: dict) -> dict:
-        following = count - evaluated + index + 1
-        if following / (count - 1) >= 0.5:
+        if (start + index + 1) / (count - 1) >= 0.5:
             knob.preference = late
         return values
 

@@ -1,13 +1,19 @@
 """A folder that `generate` has used before: nothing of the user's is lost, and no old picture passes for a new one."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+import scale.generate
 from scale.folder import RECORD, earlier_pictures, remove_earlier, save_picture, sha256, write_record
+from scale.generate import generate
 from scale.pipeline import Picture
+from scale.request import Request
+from tests.scale import tiny
 
 
 @pytest.fixture
@@ -94,3 +100,45 @@ def test_a_folder_named_like_a_picture_is_refused(used: Path) -> None:
     (used / "00001-1.png").mkdir()
     with pytest.raises(ValueError, match=r"00001-1\.png"):
         earlier_pictures(used)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model."""
+    folder = tmp_path_factory.mktemp("model")
+    tiny.sd().save_pretrained(folder)
+    return folder
+
+
+def request_of(model: Path, out: Path, **changes: Any) -> Request:
+    prompts = ["a red circle", "a blue square"]
+    return replace(Request(prompts, {}, out, method="base", model=str(model), steps=1), **changes)
+
+
+def test_a_second_run_replaces_the_first(model: Path, tmp_path: Path) -> None:
+    """Only what the new record lists is left, and files that are not ours."""
+    generate(request_of(model, tmp_path, num=3))
+    (tmp_path / "sheet.png").write_text("mine")
+    record = generate(request_of(model, tmp_path, num=1, seed=2))
+    assert [image["file"] for image in json.loads(record.read_text())["images"]] == ["00000-2.png", "00001-2.png"]
+    assert {path.name for path in tmp_path.iterdir()} == {"00000-2.png", "00001-2.png", "generation.json", "sheet.png"}
+
+
+def test_other_pictures_are_refused_before_the_model_is_loaded(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A folder with pictures that no record lists is named, and stays as it is."""
+    monkeypatch.setattr(scale.generate, "open_pipeline", lambda *args, **options: pytest.fail("the model was loaded"))
+    (tmp_path / "00000-0.png").write_text("mine")
+    with pytest.raises(ValueError, match="move them away, or choose another folder"):
+        generate(request_of(model, tmp_path))
+    assert [path.name for path in tmp_path.iterdir()] == ["00000-0.png"]
+
+
+def test_a_run_that_fails_leaves_the_earlier_one(model: Path, tmp_path: Path) -> None:
+    """Nothing goes before the first new picture is there."""
+    generate(request_of(model, tmp_path))
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(ValueError, match="not finite"):
+        generate(request_of(model, tmp_path, guidance=1e38))
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before

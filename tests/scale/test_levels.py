@@ -23,7 +23,7 @@ from diffusers import (
 from dbtheory import RectifiedFlow, VPTabulated
 from dbtheory.parametrization import convert
 from scale.adapters import denoiser_of
-from scale.levels import parametrization_of, schedule_of, times_of, timestep_of
+from scale.levels import parametrization_of, schedule_of, times_of, timestep_of, told_timesteps
 from tests.scale import tiny
 from tests.scale.schedulers import FLOW, SD, normal, prepared
 
@@ -144,6 +144,7 @@ def test_timesteps_are_what_the_pipeline_tells_its_denoiser(make: Any, kind: typ
     told = timestep_of(times_of(pipe.scheduler), pipe.scheduler, denoiser_of(pipe))
     assert told.dtype == torch.float32
     torch.testing.assert_close(told, torch.tensor(heard), rtol=1e-6, atol=0)
+    assert told_timesteps(pipe.scheduler, denoiser_of(pipe)) == pytest.approx(heard, rel=1e-6)
     times = times_of(pipe.scheduler)
     assert torch.equal(timestep_of(float(times[1]), pipe.scheduler, denoiser_of(pipe)), told[1])
 

@@ -15,7 +15,7 @@ ONE = Preference({"a": 1.0}, kl_scale=1.5)
 
 def test_the_methods() -> None:
     """The names that users type are these."""
-    assert list(METHODS) == ["base", "mpa", "kla", "mpa-ls", "msdda", "interp", "rs", "rs-factors"]
+    assert list(METHODS) == ["base", "mpa", "kla", "mpa-ls", "mpa-held", "msdda", "interp", "rs", "rs-factors"]
 
 
 def coefficients(blender: MeanBlend | SampledBlend) -> dict[str, float]:
@@ -71,6 +71,8 @@ def test_soups_and_interpolation() -> None:
         ("msdda", {"variances": {"base": 1.0, "a": -1.0, "b": 1.0}}, "positive"),
         ("interp", {}, "middle of edges"),
         ("interp", {"midpoints": {("a", "b"): "ab"}}, "no adapter for the midpoint ab"),
+        ("mpa", {"exact": 0.5}, "exact belongs to the method mpa-held"),
+        ("mpa-held", {"exact": 0.0}, "exact is the share"),
         ("rs", {"midpoints": {("a", "b"): "a"}}, "midpoints belongs to the method interp"),
     ],
 )
