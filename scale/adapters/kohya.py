@@ -44,9 +44,12 @@ def from_kohya(pipe: DiffusionPipeline, file: AdapterFile) -> dict[str, Tensor]:
         raise ValueError(f"{file.path} stores a factor under two names; its keys: {shown(file.tensors)}")
     try:
         translate = _from_stability if denoiser_name(pipe) == "unet" else _from_black_forest
-        return known | (translate(pipe, strange) if strange else {})
+        translated = translate(pipe, strange) if strange else {}
     except Exception as error:  # whatever diffusers' converters make of a stranger's keys
         raise ValueError(f"{file.path} has keys that are not kohya's for this model: {first_line(error)}") from error
+    if both := known.keys() & translated.keys():
+        raise ValueError(f"{file.path} stores a factor under the names of two houses: {shown(both)}")
+    return known | translated
 
 
 def _from_stability(pipe: Any, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -76,10 +79,18 @@ def _from_black_forest(pipe: Any, tensors: Mapping[str, Tensor]) -> dict[str, Te
     for key in [key for key in tensors if key.endswith(".alpha")]:
         stem = key.removesuffix(".alpha")
         rank = len(folded[f"{stem}.lora_down.weight"])
-        folded[f"{stem}.lora_up.weight"] *= float(tensors[key]) / rank
+        folded[f"{stem}.lora_up.weight"] = folded[f"{stem}.lora_up.weight"] * (float(tensors[key]) / rank)
         folded[key] = torch.tensor(float(rank))
-    named = type(pipe).lora_state_dict(folded)
+    named = type(pipe).lora_state_dict(dict(folded))
     named = named[0] if isinstance(named, tuple) else named
     if unknown := [key for key in named if KEY.fullmatch(key)]:
         raise ValueError(f"diffusers has no other name for {shown(unknown)}")
-    return {key.removeprefix("transformer."): value for key, value in named.items()}
+    found = {key.removeprefix("transformer."): value for key, value in named.items()}
+    if _outputs(found) != _outputs(folded):  # splitting keeps their number, and diffusers drops some keys in silence
+        raise ValueError(f"diffusers finds a place for {_outputs(found)} of {_outputs(folded)} outputs of the layers")
+    return found
+
+
+def _outputs(tensors: Mapping[str, Tensor]) -> int:
+    """How many outputs of layers the factors have together: the rows of all that go up."""
+    return sum(len(value) for key, value in tensors.items() if key.endswith((".lora_up.weight", ".lora_B.weight")))

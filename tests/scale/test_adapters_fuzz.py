@@ -22,7 +22,7 @@ from torch import Tensor
 from scale.adapters import denoiser_name, denoiser_of, load_adapter, lora_layers
 from tests.scale import adapter_files as files
 
-EXAMPLES = 300
+EXAMPLES = 200
 FUZZ = settings(
     max_examples=EXAMPLES, derandomize=True, database=None, deadline=None, suppress_health_check=list(HealthCheck)
 )
@@ -216,10 +216,11 @@ def pipes() -> dict[str, Any]:
     return found
 
 
+@pytest.mark.slow
 def test_mutated_files_load_or_are_refused(
     pipes: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each of 300 files, a third of them pickles, is a good adapter or a ValueError that leaves the denoiser alone.
+    """Each of 200 files, a third of them pickles, is a good adapter or a ValueError that leaves the denoiser alone.
 
     A good one has changed layers, finite and in evaluation mode; of the bombs none has gone off. Both outcomes are
     frequent, or the mutations would prove nothing.

@@ -127,6 +127,23 @@ def test_black_forest_labs_names(comfy: bool) -> None:
         torch.testing.assert_close(product, expected[name], rtol=1e-4, atol=1e-3)
 
 
+LOST: dict[str, tuple[str, tuple[str, ...], str]] = {
+    "a name of both houses": ("sdxl", ("mid_block_resnets_0_conv1", "middle_block_0_in_layers_2"), "of two houses"),
+    "a layer that diffusers drops": ("flux", ("img_in", "x_position_embedding"), "16 of 32 outputs"),
+    "a block too many": ("flux", ("double_blocks_19_img_mod_lin",), "Incompatible keys"),
+    "no such module": ("sdxl", ("input_blocks_4_7_conv",), "list index out of range"),
+}
+
+
+@pytest.mark.parametrize("case", LOST)
+def test_what_diffusers_would_lose_is_refused(case: str) -> None:
+    """Layers that its converters overwrite or drop in silence, or stumble over, are an error."""
+    family, stems, reason = LOST[case]
+    table = {f"lora_unet_{stem}.lora_{side}.weight": torch.zeros(16, 16) for stem in stems for side in ("down", "up")}
+    with pytest.raises(ValueError, match=reason):
+        from_kohya(files.MAKERS[family](), AdapterFile(Path("x"), table, {}))
+
+
 def test_stabilitys_names_of_sd3_are_refused(tmp_path: Path) -> None:
     """diffusers knows no translation of SD3's joint blocks: an error that shows the key, not a silent half."""
     table = {"lora_unet_joint_blocks_0_x_block_attn_qkv.lora_down.weight": torch.zeros(2, 16)}
