@@ -89,6 +89,9 @@ class Knob:
         self._denoiser = denoiser_of(pipe)
         with _beneath_offload(self._called):
             HookRegistry.check_if_exists_or_initialize(self._called).register_hook(hook, HOOK)
+        if self._called is self._denoiser:
+            # a graph around the blend would break at it: the blend goes around the graph
+            hook.compiled_call, self._denoiser._compiled_call_impl = self._denoiser._compiled_call_impl, None
         self._attached = True
 
     @property
@@ -125,6 +128,8 @@ class Knob:
             return
         with _beneath_offload(self._called):
             HookRegistry.check_if_exists_or_initialize(self._called).remove_hook(HOOK, recurse=False)
+        if self._hook.compiled_call is not None:
+            self._denoiser._compiled_call_impl = self._hook.compiled_call
         self._hook.watch.release()
         self._hook.switch.remove()
         _unload(self._denoiser, self._trainable)

@@ -33,7 +33,7 @@ class Certificate:
     """The certificates of one call's `n` images, so far; rows of `running` are steps, from noise to data.
 
     `groups (n,)` number the images that share a prompt and a preference. `log_weights` are those since the group's
-    last resampling; `resamplings` are the steps that ended with one. All tensors are float64.
+    last resampling; `resamplings` are the steps that ended with one, by group. All other tensors are float64.
     """
 
     groups: Int64[Tensor, " n"]
@@ -41,7 +41,7 @@ class Certificate:
     log_weights: Float[Tensor, " n"]
     history: list[Tensor] = field(default_factory=list)
     distances: list[Tensor] = field(default_factory=list)
-    resamplings: list[int] = field(default_factory=list)
+    resamplings: dict[int, list[int]] = field(default_factory=dict)
 
     @classmethod
     def start(cls, groups: Int64[Tensor, " n"], device: torch.device) -> "Certificate":
@@ -69,10 +69,11 @@ class Certificate:
 
     def as_dicts(self) -> list[dict[str, Any]]:
         """One record an image, of plain numbers."""
+        resampled = [list(self.resamplings.get(group, ())) for group in self.groups.tolist()]
         columns = (self.path, self.disagreement, self.ess, self.log_weights)
-        names = ("certificate", "disagreement", "ess", "log_weight")
-        rows = zip(*(column.tolist() for column in columns), strict=True)
-        return [dict(zip(names, row, strict=True)) | {"resampled": list(self.resamplings)} for row in rows]
+        names = ("certificate", "disagreement", "ess", "log_weight", "resampled")
+        rows = zip(*(column.tolist() for column in columns), resampled, strict=True)
+        return [dict(zip(names, row, strict=True)) for row in rows]
 
     def add(
         self,
@@ -103,10 +104,10 @@ class Certificate:
             draw = uniform(phase[members[:1].to(phase.device)], -1000 - step.index)
             kept[members] = members[systematic(self.log_weights[members], draw)]
             self.log_weights = self.log_weights.index_fill(0, members, 0.0)
+            self.resamplings.setdefault(int(self.groups[members[0].cpu()]), []).append(step.index)
         self.path = self.path[kept]
         self.history = [row[kept] for row in self.history]
         self.distances = [row[kept] for row in self.distances]
-        self.resamplings.append(step.index)
         return kept
 
     def _members(self) -> list[Int64[Tensor, " k"]]:

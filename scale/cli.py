@@ -82,7 +82,7 @@ class Generate:
     kl_scale: str = "1"
     """lambda: 0 is the base model, 1 the adapters as trained, above 1 further still; "1->1.5" from noise to data."""
     method: str = "mpa"
-    """base, mpa, kla (one adapter), mpa-ls (one evaluation a step), msdda, interp, rs or rs-factors (soups)."""
+    """base, mpa, kla (one adapter), mpa-ls (one evaluation a step), mpa-held, msdda, interp, rs, rs-factors (soups)."""
     model: str | None = None
     """A diffusers folder or hub id; the shipped small world if not given."""
     adapter: Words = ()
@@ -91,6 +91,8 @@ class Generate:
     """Let weights be negative: away from an adapter."""
     order: str = "low-discrepancy"
     """How mpa-ls draws: low-discrepancy or iid."""
+    exact: float = 0.2
+    """mpa-held: the share of steps, the first ones, that evaluate every expert; after them one expert a step."""
     variance: Words = ()
     """msdda: NAME=V of base and each adapter, step variances in units of the sampler's; else the adapters' cards'."""
     midpoint: Words = ()
@@ -141,8 +143,8 @@ class Generate:
 
         request = Request(
             prompts, weights, self.out, kl_scale, self.method, self.model, adapters, self.seed, self.num, self.steps,
-            self.guidance, self.eta, self.batch_size, order=self.order, variances=variances or None,
-            midpoints=midpoints or None, correct=self.correct, max_batch=self.max_batch,
+            self.guidance, self.eta, self.batch_size, order=self.order, exact=self.exact,
+            variances=variances or None, midpoints=midpoints or None, correct=self.correct, max_batch=self.max_batch,
             allow_negative=self.allow_negative, dtype=self.dtype, scheduler=self.scheduler, height=self.height,
             width=self.width, offload=self.offload,
         )  # fmt: skip

@@ -94,7 +94,11 @@ class LoraExperts:
         unknown = [name for name in names if name not in self.names]
         if unknown or not names:
             raise ValueError(f"no such experts: {unknown}; name at least one of {list(self.names)}")
-        predictions = self._in_parts(x, t, len(names), lambda rows, experts: self.switch.select(names[experts]))
+
+        def select(rows: slice, experts: slice) -> None:
+            self.switch.select(names[experts], rows.stop - rows.start)
+
+        predictions = self._in_parts(x, t, len(names), select)
         self.latest.names, self.latest.predictions = tuple(names), predictions
         return predictions
 

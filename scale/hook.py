@@ -53,6 +53,8 @@ class BlendHook(ModelHook):
         self.trajectory: Trajectory | None = None
         self.certificate: Certificate | None = None
         self.step: Step | None = None
+        self.inside = False  # a graph, which calls this hook again
+        self.compiled_call: Callable[..., Any] | None = None  # what `denoiser.compile()` had made before attaching
         self.kept: Tensor | None = None  # the images that go on to the scheduler's next step; None is all
         self.set_preference(preference)
 
@@ -62,10 +64,16 @@ class BlendHook(ModelHook):
         # by rows an image: guidance evaluates each image twice, and then each preference
         self.preference, self.blenders = preference, {1: self.blender}
 
-    # a graph of this would be made anew at every step; the denoiser inside is compiled all the same
-    @torch.compiler.disable(recursive=False)
     def new_forward(self, module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
         """The denoiser's forward with one more meaning: same arguments, same type of result."""
+        if self.inside:
+            assert self.fn_ref.original_forward is not None
+            return self.fn_ref.original_forward(*args, **kwargs)
+        return self._answer(*args, **kwargs)
+
+    # a graph of this would be made anew at every step; the denoiser inside is compiled all the same
+    @torch.compiler.disable
+    def _answer(self, *args: Any, **kwargs: Any) -> Any:
         given = self._arguments(args, kwargs)
         x, t = given.pop(self.first), torch.as_tensor(given.pop("timestep"))
         if isinstance(self.denoiser, UNet2DConditionModel) and x.shape[1] > self.denoiser.config.out_channels:
@@ -84,9 +92,18 @@ class BlendHook(ModelHook):
 
         def evaluate(x: Tensor, t: Tensor, **rest: Any) -> Any:
             beside = rest.pop(BESIDE, None)
-            return forward(**{self.first: x if beside is None else torch.cat((x, beside), 1), "timestep": t}, **rest)
+            given = {self.first: x if beside is None else torch.cat((x, beside), 1), "timestep": t, **rest}
+            return self._compiled(given) if self.switch.compiled else forward(**given)
 
         return LoraExperts(self.denoiser, scheduler, self.names, self.switch, evaluate, memory=self.memory)
+
+    def _compiled(self, given: dict[str, Any]) -> Any:
+        """The denoiser's own forward by the graph that the user asked for, which knows nothing of the blend."""
+        self.inside = True
+        try:
+            return (self.compiled_call or getattr(self.pipe, denoiser_name(self.pipe)))(**given)
+        finally:
+            self.inside = False
 
     def scheduler_step(self, step: Callable[..., Any], scheduler: Any, *args: Any, **kwargs: Any) -> Any:
         """A watched scheduler's `step(model_output, timestep, sample, ...)`, with the method's noise and images."""
@@ -114,7 +131,8 @@ class BlendHook(ModelHook):
         if self.trajectory is None or not self.trajectory.includes(pipe.scheduler, t):
             self._require_noise(pipe.scheduler, 1.0)
             self.trajectory, self.certificate, self.kept = Trajectory(pipe.scheduler, self.denoiser, x, t), None, None
-            self.switch.compiled = is_compiled(self.denoiser, getattr(self.pipe, denoiser_name(self.pipe)))
+            called = getattr(self.pipe, denoiser_name(self.pipe))
+            self.switch.compiled = self.compiled_call is not None or is_compiled(self.denoiser, called)
         scales = (given[name].get("scale", 1.0) for name in ATTENTION_ARGUMENTS if given.get(name))
         self.switch.strength = next(scales, 1.0)
         self.step = self.trajectory.evaluate(x, t)

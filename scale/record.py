@@ -82,6 +82,7 @@ def _options(request: Request) -> dict[str, Any]:
     blends = request.method != BASE
     return {
         "order": request.order if request.method == "mpa-ls" else None,
+        "exact": request.exact if request.method == "mpa-held" else None,
         "variances": _variances(request),
         "midpoints": {"+".join(edge): str(path) for edge, path in (request.midpoints or {}).items() if blends},
         "correct": request.correct if blends else None,

@@ -49,6 +49,8 @@ class Request:
     """Of `msdda`: the experts' step variances; None takes those of the adapters' cards."""
     midpoints: Mapping[Edge, Path] | None = None
     """Of `interp`: the adapter of the middle of each edge."""
+    exact: float = 0.2
+    """Of `mpa-held`: the share of steps, the first ones, that evaluate every expert."""
     correct: str | None = None
     """None or "resample"."""
     max_batch: int | None = None
@@ -92,7 +94,8 @@ class Request:
     @property
     def blending(self) -> dict[str, Any]:
         """The method's own options as `attach` and `make_blender` take them."""
-        return {"order": self.order, "variances": self.variances, "midpoints": self.midpoint_names or None}
+        middle = self.midpoint_names or None
+        return {"order": self.order, "exact": self.exact, "variances": self.variances, "midpoints": middle}
 
     @property
     def pictures(self) -> list[Picture]:

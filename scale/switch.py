@@ -21,7 +21,8 @@ class AdapterSwitch:
     adapters, and soups, leave peft's path to the base model and add their deltas by the stacked products of
     `scale.lowrank`, which need no loop over adapters, no name lookup a layer and no device synchronisation.
 
-    `compiled` sends everything through the stacks: which adapters act is then a tensor, on which no graph depends.
+    `compiled` sends everything through the stacks, row by row: which adapters act is then a tensor, on which no graph
+    depends.
     `strength` multiplies what the stacks add, as `cross_attention_kwargs={"scale": ...}` does on peft's path.
     """
 
@@ -43,9 +44,11 @@ class AdapterSwitch:
         for handle in self._handles:
             handle.remove()
 
-    def select(self, rows: Sequence[str]) -> None:
-        """One adapter name (or "base") for each run of the next forward's rows; runs are equally long."""
-        if len(set(rows)) == 1 and not self.compiled:
+    def select(self, rows: Sequence[str], length: int = 1) -> None:
+        """One adapter name (or "base") for each run of `length` of the next forward's rows."""
+        if self.compiled:
+            rows = [name for name in rows for _ in range(length)]  # one graph, whatever the runs
+        elif len(set(rows)) == 1:
             self._peft([name for name in rows[:1] if name != BASE], disabled=False)
             return
         self._stacked("chosen")

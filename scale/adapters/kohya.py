@@ -18,7 +18,8 @@ from scale.adapters.read import AdapterFile, first_line, shown
 
 # ComfyUI writes the same modules with dots
 KEY = re.compile(r"(?:lora_unet_|lora_transformer_|diffusion_model\.)(.+?)\.(lora_(?:A|B|down|up)\.weight|alpha)")
-CANONICAL = {"lora_A.weight": "lora_down.weight", "lora_B.weight": "lora_up.weight"}
+DOWN_UP = {"lora_A.weight": "lora_down.weight", "lora_B.weight": "lora_up.weight"}
+A_B = {word: letter for letter, word in DOWN_UP.items()}
 
 
 def from_kohya(pipe: DiffusionPipeline, file: AdapterFile) -> dict[str, Tensor]:
@@ -35,11 +36,11 @@ def from_kohya(pipe: DiffusionPipeline, file: AdapterFile) -> dict[str, Tensor]:
     modules = {name.replace(".", "_"): name for name in plain_layers(denoiser_of(pipe))}
     known, strange = {}, {}
     for key, match in matches.items():
-        stem, part = match[1].replace(".", "_"), CANONICAL.get(match[2], match[2])
+        stem, part = match[1].replace(".", "_"), match[2]
         if stem in modules:
-            known[f"{modules[stem]}.{part}"] = file.tensors[key]
+            known[f"{modules[stem]}.{A_B.get(part, part)}"] = file.tensors[key]
         else:
-            strange[f"lora_unet_{stem}.{part}"] = file.tensors[key]
+            strange[f"lora_unet_{stem}.{DOWN_UP.get(part, part)}"] = file.tensors[key]
     if len(known) + len(strange) < len(file.tensors):
         raise ValueError(f"{file.path} stores a factor under two names; its keys: {shown(file.tensors)}")
     try:

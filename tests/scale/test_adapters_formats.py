@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from safetensors.torch import load_file
 from torch import nn
 
 from scale.adapters import denoiser_name, denoiser_of, load_adapter, lora_layers
@@ -145,13 +144,11 @@ def test_a_peft_file_without_its_config_has_alpha_of_its_rank(tmp_path: Path) ->
         pipe.unet.unload_lora()
 
 
-def test_load_file_is_left_as_it_was(tmp_path: Path) -> None:
+def test_the_denoiser_holds_copies(tmp_path: Path) -> None:
     """A file may be rewritten or removed after loading: the denoiser holds copies, not a map of the file."""
     pipe = tiny.sd()
     adapter = files.random_adapter(pipe)
     path = files.bare(adapter, "unet", tmp_path)
-    before = load_file(path)
     load_adapter(pipe, path, "a")
     path.write_bytes(bytes(path.stat().st_size))
     files.assert_adds(pipe, adapter)
-    assert before

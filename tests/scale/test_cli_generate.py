@@ -49,6 +49,7 @@ FLAGS: dict[str, tuple[str, dict[str, Any]]] = {
     "spaces in quotes": ("--weights a=0~->~1 b=1~->~0", {"weights": {"a": "0.0->1.0", "b": "1.0->0.0"}}),
     "order": ("--method mpa-ls --weights a=.5 b=.5 --order iid", {"options": {"order": "iid"}}),
     "order by default": ("--method mpa-ls --weights a=.5 b=.5", {"options": {"order": "low-discrepancy"}}),
+    "exact steps": ("--method mpa-held --weights a=.5 b=.5 --exact .5", {"options": {"exact": 0.5}}),
     "variances": (
         "--method msdda --weights a=.5 b=.5 --variance base=1 a=.5 --variance b=2",
         {"options": {"variances": {"base": 1.0, "a": 0.5, "b": 2.0}}},
@@ -103,6 +104,9 @@ REFUSED = {
     "LS above 1": (f"{HALVES} --method mpa-ls --kl-scale 1->2", "use mpa"),
     "order": (f"{HALVES} --method mpa-ls --order sobol", "order must be"),
     "order of another method": (f"{HALVES} --order iid", "order belongs to the method mpa-ls"),
+    "no exact step": (f"{HALVES} --method mpa-held --exact 0", "exact is the share of steps"),
+    "held above 1": (f"{HALVES} --method mpa-held --kl-scale 1->2", "use mpa"),
+    "exact of another method": (f"{HALVES} --exact .5", "exact belongs to the method mpa-held"),
     "variance missing": (f"{HALVES} --method msdda --variance a=1", "variance"),
     "variance of nobody": (f"{HALVES} --method msdda --variance base=1 a=1 b=1 c=1", "'base', 'c']"),
     "variance 0": (f"{HALVES} --method msdda --variance base=1 a=0 b=1", "one positive finite number"),

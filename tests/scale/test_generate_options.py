@@ -26,6 +26,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "mpa": {"kl_scale": 1.2},
     "kla": {"weights": {"style": 1.0}, "kl_scale": 0.5},
     "mpa-ls": {"order": "iid"},
+    "mpa-held": {"exact": 0.4},
     "msdda": {"variances": {"base": 1.0, "style": 0.5, "shape": 2.0}},
     "interp": {"midpoints": {("style", "shape"): "both", ("base", "style"): "half"}},
     "rs": {"kl_scale": 0.7},
@@ -92,7 +93,7 @@ def test_options_are_recorded(folder: Path, tmp_path: Path) -> None:
     """Each method's own options, and the sampler's."""
     ls = record_of(generate(request_of(folder, tmp_path / "a", method="mpa-ls", order="iid", scheduler="ddpm")))
     assert ls["options"] == {
-        "order": "iid", "variances": None, "midpoints": {}, "correct": None, "allow_negative": False,
+        "order": "iid", "exact": None, "variances": None, "midpoints": {}, "correct": None, "allow_negative": False,
     }  # fmt: skip
     assert (ls["scheduler"], ls["eta"], ls["dtype"]) == ("DDPMScheduler", None, "float32")
     msdda = request_of(folder, tmp_path / "b", method="msdda", **OPTIONS["msdda"], dtype="bfloat16", max_batch=2)
@@ -181,7 +182,7 @@ def test_only_what_the_weights_name_is_attached(folder: Path, tmp_path: Path, mo
     assert given == [["style"]]
 
 
-@pytest.mark.parametrize("method", ["mpa", "interp", "msdda", "rs"])
+@pytest.mark.parametrize("method", ["mpa", "mpa-held", "interp", "msdda", "rs"])
 def test_batch_size_changes_neither_picture_nor_certificate(folder: Path, tmp_path: Path, method: str) -> None:
     """One image at a time, and in forwards of two rows: equal to 1/255, certificates and ESS to 1e-3 of their size."""
     request = request_of(folder, tmp_path / "a", method=method, **{"num": 3} | OPTIONS[method])
@@ -230,6 +231,8 @@ def test_base_ignores_the_other_methods_options(folder: Path, tmp_path: Path) ->
         ({"method": "soup"}, "unknown method 'soup'"),
         ({"order": "sobol", "method": "mpa-ls"}, "order must be"),
         ({"order": "iid"}, "order belongs to the method mpa-ls"),
+        ({"exact": 0.5}, "exact belongs to the method mpa-held"),
+        ({"exact": float("nan"), "method": "mpa-held"}, "exact is the share of steps"),
         ({"variances": {"base": 1.0}}, "variances belongs to the method msdda"),
         ({"variances": {"base": 1.0}, "method": "msdda"}, "style"),
         ({"midpoints": {("style", "shape"): "both"}}, "midpoints belongs to the method interp"),
