@@ -64,6 +64,8 @@ def attach(
         exact=exact,
     )  # fmt: skip
     _check_options(make(preference), method, correct, max_batch)
+    if correct is not None and not preference.is_constant:
+        raise ValueError("a preference that changes with progress has no target to resample towards; use correct=None")
     denoiser = denoiser_of(pipe)
     _require_bare(denoiser)
     trainable = [parameter for parameter in denoiser.parameters() if parameter.requires_grad]
@@ -120,6 +122,8 @@ class Knob:
 
         `bind` them to the denoiser's other arguments first: `knob.experts.bind(encoder_hidden_states=...)`.
         """
+        if not self._attached:
+            raise ValueError("this blend is detached, and its adapters are gone; attach again")
         return self._hook.experts(self._hook.pipe.scheduler)
 
     def detach(self) -> None:
@@ -127,11 +131,14 @@ class Knob:
         if not self._attached:
             return
         with _beneath_offload(self._called):
-            HookRegistry.check_if_exists_or_initialize(self._called).remove_hook(HOOK, recurse=False)
+            registry = HookRegistry.check_if_exists_or_initialize(self._called)
+            registry.remove_hook(HOOK, recurse=False)
+            _forget(self._denoiser, registry)
         if self._hook.compiled_call is not None:
             self._denoiser._compiled_call_impl = self._hook.compiled_call
-        self._hook.watch.release()
-        self._hook.switch.remove()
+        elif self._denoiser._compiled_call_impl is None:
+            vars(self._denoiser).pop("_compiled_call_impl", None)
+        self._hook.close()
         _unload(self._denoiser, self._trainable)
         self._attached = False
 
@@ -180,6 +187,15 @@ def _beneath_offload(module: Any) -> Iterator[None]:
         yield
     finally:
         add_hook_to_module(module, outer)
+
+
+def _forget(denoiser: Any, registry: HookRegistry) -> None:
+    """What the registry leaves on the denoiser would hold the model in a cycle until a garbage collection."""
+    own = vars(denoiser)
+    if not registry.hooks:
+        own.pop("_diffusers_hook", None)
+        if getattr(own.get("forward"), "__func__", None) is type(denoiser).forward:
+            del own["forward"]
 
 
 def _unload(denoiser: Any, trainable: Sequence[torch.nn.Parameter]) -> None:

@@ -3,6 +3,7 @@
 import sys
 from typing import Any
 
+import torch
 from diffusers import DiffusionPipeline
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -24,10 +25,16 @@ def calling_pipeline(denoiser: nn.Module) -> Any | None:
     return None
 
 
-def rows_per_image(pipe: Any, rows: int) -> int:
-    """2 where the call's rows are the unconditional ones of all images and then the conditional ones, else 1."""
+def rows_per_image(pipe: Any | None, phase: Float[Tensor, " rows"]) -> int:
+    """How often the call's rows, told by their `phase`, hold each image: guidance lays all images out once more.
+
+    1 outside of pipelines. 2 under classifier-free guidance; 3 and 4 where a pipeline guides by a picture too.
+    """
     # pipelines that were never called have no guidance scale yet, and others know none
-    return 2 if getattr(pipe, "do_classifier_free_guidance", False) and rows % 2 == 0 else 1
+    if not getattr(pipe, "do_classifier_free_guidance", False):
+        return 1
+    repeats = (k for k in (2, 3, 4) if len(phase) % k == 0 and torch.equal(phase, phase[: len(phase) // k].repeat(k)))
+    return next(repeats, 1)
 
 
 def guided(predictions: Float[Tensor, "m rows *event"], rows: int, pipe: Any) -> Float[Tensor, "m n *event"]:

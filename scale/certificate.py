@@ -9,7 +9,7 @@ images of one prompt matter to the weights. Under guidance the scores are the gu
 experts: trained or guided ones are weighed towards no density that is known.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -91,6 +91,10 @@ class Certificate:
         self.history.append(self.path)
         self.distances.append(relative_distance(predictions, blended, coefficients))
 
+    def part(self, preferences: Sequence[Float[Tensor, " n"]]) -> None:
+        """Images whose preferences have become different share no group any more."""
+        self.groups = groups_of((), (self.groups, *preferences), len(self.groups))
+
     def survivors(self, step: Step, phase: Float[Tensor, " n"]) -> Int64[Tensor, " n"] | None:
         """The images that go on, within their groups, or None where all do. Never after the last step.
 
@@ -125,16 +129,28 @@ def relative_distance(
     return moved / (sum(sizes) * length).clamp_min(torch.finfo(torch.float64).tiny)
 
 
-def groups_of(text: Tensor | None, preferences: Sequence[Float[Tensor, " n"]], n: int) -> Int64[Tensor, " n"]:
-    """Images that share their conditioning and their preference: `text` holds n rows, once or twice (guidance).
+def groups_of(conditions: Iterable[Tensor], preferences: Iterable[Tensor], n: int) -> Int64[Tensor, " n"]:
+    """Images that share their conditions and their preference: each is numbered by the first one like it.
 
-    Rows of one prompt may differ by what the text encoder's kernels round.
+    `conditions` hold n rows each, once or more (guidance), `preferences (n,)` one number an image. Rows of one prompt
+    may differ by what kernels round.
     """
     same = torch.ones(n, n, dtype=torch.bool)
-    if text is not None and text.shape[0] % n == 0:
-        rows = text.detach().unflatten(0, (-1, n)).movedim(1, 0).flatten(1).to(torch.float32)
-        tolerance = max(1e-5, 2 * torch.finfo(text.dtype).eps)
-        same = (torch.cdist(rows, rows) <= tolerance * rows.norm(dim=1)).cpu()
+    for condition in conditions:
+        rows = condition.detach().unflatten(0, (-1, n)).movedim(1, 0).flatten(1).to(torch.float32)
+        eps = torch.finfo(condition.dtype).eps if condition.is_floating_point() else 0.0
+        # not by a product of matrices, whose rounding parts equal rows
+        apart = torch.cdist(rows, rows, compute_mode="donot_use_mm_for_euclid_dist")
+        same &= (apart <= max(1e-5, 2 * eps) * rows.norm(dim=1)).cpu()
     for column in preferences:
         same &= (column[:, None] == column).cpu()
-    return same.to(torch.int64).argmax(1)
+    return same.fill_diagonal_(True).to(torch.int64).argmax(1)
+
+
+def conditions_of(value: Any, rows: int) -> Iterator[Tensor]:
+    """Every tensor of `rows` rows inside a denoiser's arguments."""
+    if isinstance(value, Tensor) and value.ndim > 0 and value.shape[0] == rows:
+        yield value
+    elif isinstance(value, Mapping | list | tuple):
+        for part in value.values() if isinstance(value, Mapping) else value:
+            yield from conditions_of(part, rows)

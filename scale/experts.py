@@ -16,6 +16,7 @@ from scale.switch import AdapterSwitch
 
 # Arguments of a denoiser without a batch dimension, whatever their first size happens to be.
 UNBATCHED = ("img_ids", "txt_ids")
+ATTENTION_ARGUMENTS = ("cross_attention_kwargs", "joint_attention_kwargs", "attention_kwargs")
 
 
 @dataclass
@@ -146,6 +147,7 @@ class LoraExperts:
         timestep = timestep_of(t, self.scheduler, self.denoiser) if self.timestep is None else self.timestep
         timestep = torch.as_tensor(timestep, device=x.device)
         given = {**(self.conditioning or {}), "return_dict": False}
+        self.switch.strength = strength_of(given)
         parts = []
         for first in range(0, m, experts_at_once):
             experts = slice(first, min(m, first + experts_at_once))
@@ -164,14 +166,27 @@ class LoraExperts:
 
 
 def tile(value: Any, n: int, m: int, rows: slice = slice(None), name: str = "") -> Any:
-    """The `rows` of every tensor of `n` rows inside a denoiser's argument, `m` times; other values pass unchanged."""
-    if name in UNBATCHED or (m == 1 and rows in (slice(None), slice(0, n))):
-        return value
+    """The `rows` of every tensor of `n` rows inside a denoiser's argument, `m` times; other values pass unchanged.
+
+    Containers are always made anew: denoisers take residuals out of the lists that they are given.
+    """
     if isinstance(value, Tensor):
-        batched = value.ndim > 0 and value.shape[0] == n
-        return value[rows].repeat(m, *[1] * (value.ndim - 1)) if batched else value
+        if (
+            name in UNBATCHED
+            or value.ndim == 0
+            or value.shape[0] != n
+            or (m == 1 and rows in (slice(None), slice(0, n)))
+        ):
+            return value
+        return value[rows].repeat(m, *[1] * (value.ndim - 1))
     if isinstance(value, dict):
         return {key: tile(part, n, m, rows, key) for key, part in value.items()}
     if isinstance(value, list | tuple):
         return type(value)(tile(part, n, m, rows) for part in value)
     return value
+
+
+def strength_of(conditioning: Mapping[str, Any]) -> float:
+    """What diffusers' `{"scale": ...}` in the attention arguments multiplies every adapter by."""
+    given = (conditioning.get(name) or {} for name in ATTENTION_ARGUMENTS)
+    return next((attention["scale"] for attention in given if "scale" in attention), 1.0)

@@ -13,16 +13,19 @@ from dbtheory.preference import Preference
 
 @dataclass
 class Held:
-    """What the experts predicted at one trajectory's last exact step: one entry for each evaluation of a step."""
+    """What the experts predicted at one trajectory's last exact step, by the evaluations of a step.
+
+    Other phases are other images, or as many rows more or less: what was held of them is of no use.
+    """
 
     phase: Tensor = field(default_factory=lambda: torch.empty(0))
     steps: list[int] = field(default_factory=list)
-    predictions: list[Tensor] = field(default_factory=list)
+    predictions: dict[int, Tensor] = field(default_factory=dict)
 
     def begin(self, step: Step) -> int:
         """Which of the step's evaluations this is, two under true guidance; a new trajectory forgets the last."""
         if (self.steps and step.index < self.steps[-1]) or not torch.equal(self.phase, step.phase):
-            self.steps, self.predictions = [], []
+            self.steps, self.predictions = [], {}
         self.phase = step.phase
         self.steps.append(step.index)
         return self.steps.count(step.index) - 1
@@ -56,9 +59,8 @@ class HeldBlend:
         call = self.held.begin(step)
         coefficients = self.preference.coefficients(step.progress)
         c = [coefficients[name] for name in experts.names]
-        # a callback may have turned guidance off, and with it half the rows
-        if self._is_exact(step) or self.held.predictions[call].shape[1] != len(x):
-            self.held.predictions[call : call + 1] = [self._evaluate(experts, x, t, step)]
+        if self._is_exact(step) or call not in self.held.predictions:
+            self.held.predictions[call] = self._evaluate(experts, x, t, step)
             return combine(self.held.predictions[call], c)
         held, assignment = self.held.predictions[call], assignment.to(x.device)
         apart = combine(held, c) - held[assignment, torch.arange(len(x), device=x.device)]

@@ -10,7 +10,7 @@ from diffusers import DiffusionPipeline
 from diffusers.hooks import ModelHook
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel, UNet2DConditionOutput
-from diffusers.utils.torch_utils import randn_tensor
+from diffusers.utils.torch_utils import randn_tensor, unwrap_module
 from torch import Tensor
 
 from dbtheory.blend import AffineBlender, Blender, NoisyBlender, Step
@@ -18,14 +18,13 @@ from dbtheory.experts import Points
 from dbtheory.preference import Amount, Preference, Weight
 from scale.adapters import denoiser_name, denoiser_of
 from scale.caller import calling_pipeline, guided, is_compiled, rows_per_image
-from scale.certificate import Certificate, groups_of
+from scale.certificate import Certificate, conditions_of, groups_of
 from scale.experts import LoraExperts, Memory
 from scale.levels import draws_noise, step_with_noise
 from scale.switch import AdapterSwitch
 from scale.trajectory import Trajectory, Watch
 
 BESIDE = "channels_beside_the_latents"  # travels with the conditioning
-ATTENTION_ARGUMENTS = ("cross_attention_kwargs", "joint_attention_kwargs", "attention_kwargs")
 
 
 class BlendHook(ModelHook):
@@ -53,35 +52,56 @@ class BlendHook(ModelHook):
         self.trajectory: Trajectory | None = None
         self.certificate: Certificate | None = None
         self.step: Step | None = None
+        # a graph of this would be made anew at every step; the denoiser inside is compiled all the same
+        self.answer: Callable[..., Any] = torch.compiler.disable(self._answer)
         self.inside = False  # a graph, which calls this hook again
+        self.called: Any = self.denoiser
         self.compiled_call: Callable[..., Any] | None = None  # what `denoiser.compile()` had made before attaching
         self.kept: Tensor | None = None  # the images that go on to the scheduler's next step; None is all
         self.set_preference(preference)
 
     def set_preference(self, preference: Preference) -> None:
-        """The preference from the next evaluation on."""
+        """The preference from the next evaluation on.
+
+        Raises:
+            ValueError: what the method refuses; with resampling, a preference that changes with progress.
+        """
+        if self.resamples and not preference.is_constant:
+            raise ValueError(
+                "a preference that changes with progress has no target to resample towards; use a constant"
+            )
         self.blender = self.make(preference)
         # by rows an image: guidance evaluates each image twice, and then each preference
         self.preference, self.blenders = preference, {1: self.blender}
+        if self.certificate is not None and self.trajectory is not None and not self.trajectory.is_over:
+            self.certificate.part(self._columns(0.0, len(self.certificate.groups)))
+
+    def close(self) -> None:
+        """Let go of the pipeline, the scheduler and the layers; the certificate stays."""
+        self.watch.release()
+        self.switch.remove()
+        # the cycles that this is part of would hold the model until a garbage collection
+        for name in ("pipe", "denoiser", "called", "compiled_call", "trajectory", "answer", "fn_ref", "watch"):
+            setattr(self, name, None)
 
     def new_forward(self, module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
         """The denoiser's forward with one more meaning: same arguments, same type of result."""
         if self.inside:
             assert self.fn_ref.original_forward is not None
             return self.fn_ref.original_forward(*args, **kwargs)
-        return self._answer(*args, **kwargs)
+        return self.answer(*args, **kwargs)
 
-    # a graph of this would be made anew at every step; the denoiser inside is compiled all the same
-    @torch.compiler.disable
     def _answer(self, *args: Any, **kwargs: Any) -> Any:
         given = self._arguments(args, kwargs)
         x, t = given.pop(self.first), torch.as_tensor(given.pop("timestep"))
-        if isinstance(self.denoiser, UNet2DConditionModel) and x.shape[1] > self.denoiser.config.out_channels:
+        channels = self.denoiser.config["out_channels"] if isinstance(self.denoiser, UNet2DConditionModel) else None
+        if channels is not None and x.shape[1] > channels:
             # inpainting: the mask and the masked image condition the latents, which are what is predicted
-            x, given[BESIDE] = x.tensor_split([self.denoiser.config.out_channels], 1)
+            x, given[BESIDE] = x.tensor_split([channels], 1)
         returns_dict = given.pop("return_dict", True)
-        pipe = calling_pipeline(self.denoiser) or self.pipe
-        step = self._begin(pipe, x, t, given)
+        caller = calling_pipeline(self.denoiser)
+        pipe = caller or self.pipe
+        step = self._begin(pipe, x, t, caller is not None)
         blended = self._blend(self.experts(pipe.scheduler).bind(timestep=t, **given), x, step, pipe)
         return _output_class(self.denoiser)(sample=blended) if returns_dict else (blended,)
 
@@ -101,7 +121,7 @@ class BlendHook(ModelHook):
         """The denoiser's own forward by the graph that the user asked for, which knows nothing of the blend."""
         self.inside = True
         try:
-            return (self.compiled_call or getattr(self.pipe, denoiser_name(self.pipe)))(**given)
+            return (self.compiled_call or self.called)(**given)
         finally:
             self.inside = False
 
@@ -109,7 +129,7 @@ class BlendHook(ModelHook):
         """A watched scheduler's `step(model_output, timestep, sample, ...)`, with the method's noise and images."""
         if self.trajectory is None or self.trajectory.scheduler is not scheduler:
             return step(*args, **kwargs)
-        self._require_noise(scheduler, kwargs.get("eta", 0.0))
+        self._require_noise(scheduler, inspect.signature(step).bind(*args, **kwargs).arguments.get("eta", 0.0))
         if isinstance(self.blender, NoisyBlender):
             step = step_with_noise(step, self._shaped_noise)
         if self.kept is not None:
@@ -125,32 +145,39 @@ class BlendHook(ModelHook):
         given |= given.pop("kwargs", {})
         return {name: value for name, value in given.items() if name != "self"}
 
-    def _begin(self, pipe: Any, x: Tensor, t: Tensor, given: Mapping[str, Any]) -> Step:
+    def _begin(self, pipe: Any, x: Tensor, t: Tensor, in_pipeline: bool) -> Step:
         """Where this call of the denoiser stands; a new trajectory forgets the last one."""
-        self.watch.add(pipe.scheduler)
-        if self.trajectory is None or not self.trajectory.includes(pipe.scheduler, t):
+        if self.trajectory is None or not self.trajectory.includes(pipe.scheduler, t, in_pipeline):
             self._require_noise(pipe.scheduler, 1.0)
+            self._require_adapters()
+            self.watch.follow(pipe.scheduler)
             self.trajectory, self.certificate, self.kept = Trajectory(pipe.scheduler, self.denoiser, x, t), None, None
-            called = getattr(self.pipe, denoiser_name(self.pipe))
-            self.switch.compiled = self.compiled_call is not None or is_compiled(self.denoiser, called)
-        scales = (given[name].get("scale", 1.0) for name in ATTENTION_ARGUMENTS if given.get(name))
-        self.switch.strength = next(scales, 1.0)
+            if self.resamples and self.trajectory.index:
+                raise ValueError("resampling starts from noise, and this call starts from a picture; use correct=None")
+            self.trajectory.images //= rows_per_image(pipe if in_pipeline else None, self.trajectory.phase)
+            called = getattr(pipe, denoiser_name(pipe))
+            self.called = called if unwrap_module(called) is self.denoiser else self.denoiser
+            self.switch.compiled = self.compiled_call is not None or is_compiled(self.denoiser, self.called)
+            self.switch.begin()
         self.step = self.trajectory.evaluate(x, t)
         return self.step
 
     def _blend(self, experts: LoraExperts, x: Points, step: Step, pipe: Any) -> Points:
-        rows = rows_per_image(pipe, len(x))
+        assert self.trajectory is not None
+        rows = len(x) // self.trajectory.images  # each image's; a callback may turn guidance off
         blender = self._blender(rows, len(x), step)
         blended = blender(experts, x, step.t, step)
-        assert self.trajectory is not None
         if not isinstance(blender, AffineBlender):
             return blended
         if self.trajectory.evaluations > 1:  # the certificate is that of the step's first evaluation
             if self.resamples:
                 raise ValueError("resampling needs a pipeline with one evaluation a step; use correct=None")
             return blended
+        if rows > 2:  # guided by more than the prompt, by weights that only the pipeline knows
+            self._require_known_guidance()
+            return blended
         self._certify(experts, blended, blender.coefficients(step), step, rows, pipe)
-        images = len(x) // rows
+        images = self.trajectory.images
         kept = self.certificate.survivors(step, step.phase[:images]) if self.resamples and self.certificate else None
         if kept is None:
             return blended
@@ -167,9 +194,9 @@ class BlendHook(ModelHook):
             return
         n = len(blended) // rows
         if self.certificate is None:
-            text = (experts.conditioning or {}).get("encoder_hidden_states")
-            columns = [c for c in self.preference.coefficients(step.progress).values() if isinstance(c, Tensor)]
-            self.certificate = Certificate.start(groups_of(text, columns, n), blended.device)
+            conditions = conditions_of(experts.conditioning, len(blended))
+            groups = groups_of(conditions, self._columns(step.progress, n), n)
+            self.certificate = Certificate.start(groups, blended.device)
         coefficients = [c[:n] if isinstance(c, Tensor) else c for c in (given[name] for name in experts.latest.names)]
         predictions = guided(experts.latest.predictions, rows, pipe)
         steering = guided(blended.unsqueeze(0), rows, pipe)[0]
@@ -195,6 +222,24 @@ class BlendHook(ModelHook):
         assert self.step is not None
         z = randn_tensor(shape, **kwargs)
         return self.blender.noise(z, 1.0, z, replace(self.step, phase=self.step.phase[: len(z)]))
+
+    def _columns(self, progress: float, n: int) -> list[Tensor]:
+        """What the images' preferences may differ in."""
+        amounts = self.preference.coefficients(progress).values()
+        return [c for c in amounts if isinstance(c, Tensor) and len(c) == n]
+
+    def _require_adapters(self) -> None:
+        """ValueError where others than the blend's adapters are on the denoiser by now."""
+        held = tuple(getattr(self.denoiser, "peft_config", {}))
+        if held != self.names[1:]:
+            raise ValueError(
+                f"adapters were loaded or unloaded under the blend: it has {self.names[1:]}, the denoiser {held}; "
+                "detach the blend first"
+            )
+
+    def _require_known_guidance(self) -> None:
+        if self.resamples:
+            raise ValueError("resampling knows guidance by a prompt alone; use correct=None")
 
     def _require_noise(self, scheduler: Any, eta: float) -> None:
         """ValueError where the method needs a noise in each step that this scheduler does not draw."""

@@ -23,10 +23,11 @@ class Factors(NamedTuple):
 
 
 def stack(layer: Any, names: Sequence[str]) -> None:
-    """Give a LoRA layer the stacks of these adapters, as buffers: they move with it, and no file ever holds them.
+    """Give a LoRA layer the stacks of these adapters, as plain attributes, which no file ever holds.
 
     peft's own factors become views of the stacks wherever their rank is the largest, so that memory holds them once.
-    Stacking anew (after `.to()` has parted them) changes no value.
+    Stacking anew (after `.to()` has parted them) changes no value. The stacks are constants: no gradient reaches the
+    factors through them, and a factor of smaller rank that changes later is not seen.
     """
     held = {name: (layer.lora_A[name].weight, layer.lora_B[name].weight) for name in names if name in layer.lora_A}
     down, up = next(iter(held.values()))
@@ -46,8 +47,7 @@ def stack(layer: Any, names: Sequence[str]) -> None:
     # one scale for all adapters, where they agree: it then costs no product of its own
     values = {layer.scaling.get(name) for name in names}
     layer.common_scale = values.pop() if len(values) == 1 else None
-    for name, value in (("stacked_down", stacked_down), ("stacked_up", stacked_up), ("scales", scales)):
-        layer.register_buffer(name, value, persistent=False)
+    layer.stacked_down, layer.stacked_up, layer.scales = stacked_down, stacked_up, scales
 
 
 def is_stacked(layer: Any, names: Sequence[str]) -> bool:

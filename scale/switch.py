@@ -38,11 +38,18 @@ class AdapterSwitch:
         self._selections: dict[Any, tuple[Tensor | None, Tensor | float]] = {}
         self._handles = [layer.register_forward_hook(self._add) for layer in self.layers]
 
+    def begin(self) -> None:
+        """Before a trajectory: the layers may have moved, and users may have called peft's own switches."""
+        self._state = None
+
     def remove(self) -> None:
-        """Take the hooks off the layers, and give them back to peft."""
+        """Take the hooks off the layers, give them back to peft, and forget them."""
+        self.begin()
         self._peft([self.names[0]] if self.names else [], disabled=False)
         for handle in self._handles:
             handle.remove()
+        self.layers, self._handles = [], []
+        self._selections.clear()
 
     def select(self, rows: Sequence[str], length: int = 1) -> None:
         """One adapter name (or "base") for each run of `length` of the next forward's rows."""

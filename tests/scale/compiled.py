@@ -50,7 +50,8 @@ def test_compiled_is_eager_and_compiles_once(family: Family, form: str, first: s
     """
     files = family.adapters(folder / str(family is SD))
     eager, pipe = family.make(), family.make()
-    backend = CompileCounterWithBackend("aot_eager" if family is FLUX else "eager")
+    backend = CompileCounterWithBackend("aot_eager" if form == FORMS[2] else "eager")
+    knob: Any = None
     for stage in (first, {"compile": "attach", "attach": "compile"}[first]):
         if stage == "compile":
             # around a blend that is attached already, no graph can be whole

@@ -162,7 +162,7 @@ def test_images_group_by_prompt_and_by_preference(files: dict) -> None:
     knob.preference = Preference({"style": w, "shape": 1 - w})
     run(pipe, ["a red circle"] * 4, [1, 2, 3, 4])
     assert knob.certificate.groups.tolist() == [0, 0, 0, 3]  # pyright: ignore
-    assert groups_of(None, [], 3).tolist() == [0, 0, 0]
+    assert groups_of([], [], 3).tolist() == [0, 0, 0]
 
 
 def test_relative_distance_by_hand() -> None:

@@ -163,5 +163,6 @@ def test_tile_repeats_rows_wherever_they_are() -> None:
     assert tiled["img_ids"] is ids
     assert tiled["e"] == "text"
     assert tiled["t"].ndim == 0
-    assert tile(value, n=2, m=1) is value
+    assert tile(rows, n=2, m=1) is rows
+    assert tile(value, n=2, m=1) is not value  # denoisers take residuals out of the lists that they are given
     assert torch.equal(tile(value, n=2, m=2, rows=slice(1, 2))["a"], rows[1:].repeat(2, 1))

@@ -186,7 +186,8 @@ def test_methods_differ(family: Family, files: Files) -> None:
         knob.preference = preference
         outcomes[name] = latents(pipe, family)
     knob.detach()
-    for method, options in (("mpa-ls", {}), ("mpa-ls", {"order": "iid"}), ("rs", {}), ("rs-factors", {})):
+    iid: dict[str, Any] = {"order": "iid"}
+    for method, options in (("mpa-ls", {}), ("mpa-ls", iid), ("rs", {}), ("rs-factors", {})):
         knob = attach(pipe, files(family), weights(0.5), method, **options)
         outcomes[f"{method} {options}"] = latents(pipe, family)
         knob.detach()

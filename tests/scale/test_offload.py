@@ -70,6 +70,7 @@ def test_offloading_in_either_order(
     base = latents(plain, family)
     attach(plain, files, weights(0.3), method)
     expected = latents(plain, family)
+    knob: Any = None
     for stage in order.split(", "):
         if stage == "offload":
             offload(pipe)

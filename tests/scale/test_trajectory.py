@@ -29,7 +29,7 @@ def watched(scheduler) -> tuple[Trajectory, Watch]:
         return result
 
     watch = Watch(around)
-    watch.add(scheduler)
+    watch.follow(scheduler)
     return trajectory, watch
 
 
@@ -114,8 +114,8 @@ def test_a_watch_changes_nothing_but_the_calls_it_sees() -> None:
 
     before = inspect.signature(scheduler.step)
     watch = Watch(around)
-    watch.add(scheduler)
-    watch.add(scheduler)
+    watch.follow(scheduler)
+    watch.follow(scheduler)
     assert inspect.signature(scheduler.step) == before
     expected = ddim().step(X, 800, X).prev_sample
     assert torch.equal(scheduler.step(X, 800, X).prev_sample, expected)

@@ -42,7 +42,7 @@ def attached(family: Family, files: Files, method: str = "mpa", **options: Any) 
 def test_outputs_of_every_kind(family: Family, method: str, files: Files) -> None:
     """PIL, arrays, tensors, and tuples are the same pictures: n prompts times num_images_per_prompt of them."""
     pipe = attached(family, files, method)
-    options = {"seeds": (1, 2, 3, 4), "num_images_per_prompt": 2}
+    options: dict[str, Any] = {"seeds": (1, 2, 3, 4), "num_images_per_prompt": 2}
     pictures = latents(pipe, family, output_type="pt", **options)
     assert pictures.shape == (4, 3, 16, 16)
     arrays = latents(pipe, family, output_type="np", **options)
@@ -126,7 +126,7 @@ def test_half_precision(family: Family, dtype: torch.dtype, files: Files) -> Non
     error, rounding = ((x.double() - exact).std() / exact.std() for x in (result, loop(dtype)))
     assert error < 1.5 * rounding
     assert rounding < 0.05
-    for method in METHODS if family is SD else ():  # and every method runs
+    for method in METHODS if family is SD and dtype == torch.bfloat16 else ():  # and every method runs
         other = family.make().to(dtype)
         attach(other, files(family), weights(0.3), method)
         assert bool(latents(other, family).isfinite().all())
@@ -173,7 +173,7 @@ def test_the_scale_of_attention_arguments(family: Family, files: Files, tmp_path
     """`{"scale": 0.5}` in the attention arguments halves every adapter, by every method, in one call alone."""
     half = halved(files(family), tmp_path)
     argument = "cross_attention_kwargs" if family is SD else "joint_attention_kwargs"
-    steps = {"num_inference_steps": 2}
+    steps: dict[str, Any] = {"num_inference_steps": 2}
     for method, style in (*((method, 0.3) for method in METHODS), ("mpa", 1.0)):
         pipe, reference = family.make(), family.make()
         attach(pipe, files(family), weights(style), method)
