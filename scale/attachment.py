@@ -12,7 +12,6 @@ from accelerate.hooks import add_hook_to_module, remove_hook_from_module
 from diffusers import DiffusionPipeline
 from diffusers.hooks import HookRegistry
 
-from dbtheory.blend import AffineBlender
 from dbtheory.preference import BASE, Preference
 from scale.adapters import denoiser_name, denoiser_of, load_adapter, step_variance
 from scale.certificate import Certificate
@@ -61,11 +60,11 @@ def attach(
         variances = _variances_of_cards(adapters)
     make = functools.partial(
         make_blender, method, adapters=tuple(adapters), order=order, variances=variances, midpoints=midpoints,
-        exact=exact,
+        exact=exact, correct=correct,
     )  # fmt: skip
-    _check_options(make(preference), method, correct, max_batch)
-    if correct is not None and not preference.is_constant:
-        raise ValueError("a preference that changes with progress has no target to resample towards; use correct=None")
+    make(preference)  # refuses what needs no model
+    if max_batch is not None and (isinstance(max_batch, bool) or not isinstance(max_batch, int) or max_batch < 1):
+        raise ValueError(f"max_batch must be at least 1, or None for all rows at once, received {max_batch!r}")
     denoiser = denoiser_of(pipe)
     _require_bare(denoiser)
     trainable = [parameter for parameter in denoiser.parameters() if parameter.requires_grad]
@@ -141,15 +140,6 @@ class Knob:
         self._hook.close()
         _unload(self._denoiser, self._trainable)
         self._attached = False
-
-
-def _check_options(blender: object, method: str, correct: str | None, max_batch: int | None) -> None:
-    if correct not in (None, "resample"):
-        raise ValueError(f'correct must be None or "resample", received {correct!r}')
-    if correct is not None and not isinstance(blender, AffineBlender):
-        raise ValueError(f"resampling needs every expert at every step, received method {method}; use mpa")
-    if max_batch is not None and (isinstance(max_batch, bool) or not isinstance(max_batch, int) or max_batch < 1):
-        raise ValueError(f"max_batch must be at least 1, or None for all rows at once, received {max_batch!r}")
 
 
 def _variances_of_cards(adapters: Mapping[str, str | Path]) -> dict[str, float] | None:

@@ -5,8 +5,11 @@ from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
+from diffusers.utils.torch_utils import unwrap_module
 from jaxtyping import Float
 from torch import Tensor, nn
+
+from scale.adapters.denoiser import DENOISERS
 
 
 def calling_pipeline(denoiser: nn.Module) -> Any | None:
@@ -17,9 +20,9 @@ def calling_pipeline(denoiser: nn.Module) -> Any | None:
     frame = sys._getframe(1)
     while frame is not None:
         caller = frame.f_locals.get("self")
-        if isinstance(caller, DiffusionPipeline) and any(
-            getattr(part, "_orig_mod", part) is denoiser for part in caller.components.values()
-        ):
+        # not by its `components`, which diffusers works out anew at each look
+        parts = (getattr(caller, name, None) for name in DENOISERS) if isinstance(caller, DiffusionPipeline) else ()
+        if any(part is not None and unwrap_module(part) is denoiser for part in parts):
             return caller
         frame = frame.f_back
     return None

@@ -1,6 +1,7 @@
 """DB-MPA near the cost of one model: exact while the image takes shape, then one expert a step beside what was seen."""
 
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from jaxtyping import Float
@@ -49,13 +50,17 @@ class HeldBlend:
     def __post_init__(self) -> None:
         if not 0 < self.exact <= 1:
             raise ValueError(f"exact is the share of steps with every expert, in (0, 1], received {self.exact}")
-        SampledBlend(self.preference)  # refuses coefficients that are no probabilities
+        _ = self.drawn  # refuses coefficients that are no probabilities
+
+    @cached_property
+    def drawn(self) -> SampledBlend:
+        """Which expert is evaluated after the exact steps."""
+        return SampledBlend(self.preference)
 
     def __call__(self, experts: Experts, x: Points, t: Tensor | float, step: Step) -> Points:
-        drawn = SampledBlend(self.preference)
-        assignment = drawn.assign(experts, len(x), step)
+        assignment = self.drawn.assign(experts, len(x), step)
         if assignment is None:
-            return drawn(experts, x, t, step)
+            return self.drawn(experts, x, t, step)
         call = self.held.begin(step)
         coefficients = self.preference.coefficients(step.progress)
         c = [coefficients[name] for name in experts.names]

@@ -61,15 +61,7 @@ class BlendHook(ModelHook):
         self.set_preference(preference)
 
     def set_preference(self, preference: Preference) -> None:
-        """The preference from the next evaluation on.
-
-        Raises:
-            ValueError: what the method refuses; with resampling, a preference that changes with progress.
-        """
-        if self.resamples and not preference.is_constant:
-            raise ValueError(
-                "a preference that changes with progress has no target to resample towards; use a constant"
-            )
+        """The preference from the next evaluation on; ValueError for what the method refuses."""
         self.blender = self.make(preference)
         # by rows an image: guidance evaluates each image twice, and then each preference
         self.preference, self.blenders = preference, {1: self.blender}
@@ -129,7 +121,8 @@ class BlendHook(ModelHook):
         """A watched scheduler's `step(model_output, timestep, sample, ...)`, with the method's noise and images."""
         if self.trajectory is None or self.trajectory.scheduler is not scheduler:
             return step(*args, **kwargs)
-        self._require_noise(scheduler, inspect.signature(step).bind(*args, **kwargs).arguments.get("eta", 0.0))
+        if self._needs_noise:
+            self._require_noise(scheduler, inspect.signature(step).bind(*args, **kwargs).arguments.get("eta", 0.0))
         if isinstance(self.blender, NoisyBlender):
             step = step_with_noise(step, self._shaped_noise)
         if self.kept is not None:
@@ -148,7 +141,8 @@ class BlendHook(ModelHook):
     def _begin(self, pipe: Any, x: Tensor, t: Tensor, in_pipeline: bool) -> Step:
         """Where this call of the denoiser stands; a new trajectory forgets the last one."""
         if self.trajectory is None or not self.trajectory.includes(pipe.scheduler, t, in_pipeline):
-            self._require_noise(pipe.scheduler, 1.0)
+            if self._needs_noise:
+                self._require_noise(pipe.scheduler, 1.0)
             self._require_adapters()
             self.watch.follow(pipe.scheduler)
             self.trajectory, self.certificate, self.kept = Trajectory(pipe.scheduler, self.denoiser, x, t), None, None
@@ -241,10 +235,15 @@ class BlendHook(ModelHook):
         if self.resamples:
             raise ValueError("resampling knows guidance by a prompt alone; use correct=None")
 
+    @property
+    def _needs_noise(self) -> bool:
+        """Whether each step must draw a noise of its own."""
+        return self.resamples or isinstance(self.blender, NoisyBlender)
+
     def _require_noise(self, scheduler: Any, eta: float) -> None:
-        """ValueError where the method needs a noise in each step that this scheduler does not draw."""
+        """ValueError for a scheduler whose step draws none."""
         what = "resampling copies images" if self.resamples else "msdda shapes the noise of each step"
-        if (self.resamples or isinstance(self.blender, NoisyBlender)) and not draws_noise(scheduler, eta):
+        if not draws_noise(scheduler, eta):
             raise ValueError(
                 f"{what}, and {type(scheduler).__name__} with eta = {eta:g} has no noise of its own; use "
                 "DDIMScheduler with eta > 0, DDPMScheduler or EulerAncestralDiscreteScheduler"

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
-from dbtheory.blend import Blender, MeanBlend, SampledBlend
+from dbtheory.blend import AffineBlender, Blender, MeanBlend, SampledBlend
 from dbtheory.interpolate import InterpolatedBlend
 from dbtheory.precision import PrecisionBlend
 from dbtheory.preference import BASE, Preference
@@ -106,16 +106,19 @@ def make_blender(
     variances: Mapping[str, float] | None = None,
     midpoints: Mapping[Edge, str] | None = None,
     exact: float = 0.2,
+    correct: str | None = None,
 ) -> Blender:
     """The blender of a method: one of `METHODS`.
 
     `order` is mpa-ls's; `variances` are msdda's, by expert and for "base", in units of the sampler's own step variance
     (None: all are equal, so that msdda is mpa); `midpoints` are interp's, which maps an edge to the adapter trained
     at its middle (`InterpolatedBlend`); `exact` is mpa-held's. The preference names every other adapter.
+    `correct` says that images shall be resampled: None or "resample".
 
     Raises:
         ValueError: an unknown method; an option of another method; weights that are not those of `adapters`; what the
-            method's blender refuses; `kla` with several adapters; `mpa-ls` and `mpa-held` with `kl_scale > 1`.
+            method's blender refuses; `kla` with several adapters; `mpa-ls` and `mpa-held` with `kl_scale > 1`;
+            resampling by a method, or for a preference, that has no target.
     """
     if method not in METHODS:
         raise ValueError(f"unknown method {method!r}; the methods are {', '.join(METHODS)}")
@@ -129,4 +132,16 @@ def make_blender(
     preference.validate([name for name in adapters if name not in middle])
     if BASE in adapters:
         raise ValueError(f'no adapter can be named "{BASE}"')
-    return METHODS[method](preference, options)
+    blender = METHODS[method](preference, options)
+    _check_correction(correct, blender, preference, method)
+    return blender
+
+
+def _check_correction(correct: str | None, blender: Blender, preference: Preference, method: str) -> None:
+    """ValueError for a correction that is unknown, or that the blend cannot have."""
+    if correct not in (None, "resample"):
+        raise ValueError(f'correct must be None or "resample", received {correct!r}')
+    if correct is not None and not isinstance(blender, AffineBlender):
+        raise ValueError(f"resampling needs every expert at every step, received method {method}; use mpa")
+    if correct is not None and not preference.is_constant:
+        raise ValueError("a preference that changes with progress has no target to resample towards; use a constant")

@@ -8,16 +8,14 @@ from typing import Any
 
 import torch
 
-from dbtheory.blend import AffineBlender
 from dbtheory.preference import BASE, PROBES, Preference
 from scale import mini
 from scale.adapters import adapter_file
-from scale.methods import make_blender
+from scale.methods import Edge, make_blender
 from scale.pipeline import DTYPES, SCHEDULERS, Picture, batches, require_gpu_for
 from scale.schedules import Amount, PiecewiseLinear
 
 LAST_SEED = 2**63 - 1  # torch takes more, but not every record of them does
-Edge = tuple[str, str]
 
 
 @dataclass(frozen=True)
@@ -173,6 +171,5 @@ class Request:
                 "interp needs the adapter of the middle of an edge; give --midpoint A+B=PATH or base+A=PATH"
             )
         for knot in sorted(knots):
-            blender = make_blender(self.method, preference.at(knot), adapters, **self.blending)
-            if self.correct is not None and not isinstance(blender, AffineBlender):
-                raise ValueError(f"resampling needs every expert at every step, received method {self.method}; use mpa")
+            make_blender(self.method, preference.at(knot), adapters, **self.blending, correct=self.correct)
+        make_blender(self.method, preference, adapters, **self.blending, correct=self.correct)

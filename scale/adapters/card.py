@@ -7,7 +7,7 @@ from pathlib import Path
 import yaml
 
 from scale.adapters.find import adapter_file
-from scale.adapters.read import first_line
+from scale.adapters.read import first_line, short_text
 
 CARD = "README.md"
 KEY = "step_variance"
@@ -30,7 +30,7 @@ def step_variance(path: str | Path) -> float | None:
     card = file.with_name(CARD)
     if not card.is_file() or not _owns(file):
         return None
-    head = HEAD.match(_text(card))
+    head = HEAD.match(short_text(card, LARGEST_CARD))
     table = _table(head[1], card) if head else {}
     return _variance(table[KEY], card) if KEY in table else None
 
@@ -41,17 +41,6 @@ def _owns(file: Path) -> bool:
         return adapter_file(file.parent) == file
     except ValueError:
         return False
-
-
-def _text(card: Path) -> str:
-    with card.open("rb") as file:
-        data = file.read(LARGEST_CARD + 1)
-    if len(data) > LARGEST_CARD:
-        raise ValueError(f"{card} is larger than {LARGEST_CARD} bytes, so it is not read; shorten it")
-    try:
-        return data.decode()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{card} is not UTF-8, so it cannot be read; save it again") from error
 
 
 def _table(head: str, card: Path) -> dict[str, object]:

@@ -7,10 +7,12 @@ from diffusers.utils.torch_utils import unwrap_module
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
+DENOISERS = ("unet", "transformer")  # what pipelines call them
+
 
 def denoiser_name(pipe: DiffusionPipeline) -> str:
     """Either "unet" or "transformer", whichever the pipeline has; ValueError for neither."""
-    for name in ("unet", "transformer"):
+    for name in DENOISERS:
         if isinstance(getattr(pipe, name, None), nn.Module):
             return name
     raise ValueError(f"{type(pipe).__name__} has neither a unet nor a transformer to put adapters on")

@@ -42,7 +42,7 @@ def read(path: Path) -> AdapterFile:
     tensors = _table(content, path)
     config = path.with_name(PEFT_CONFIG)
     if config.is_file() and (path.stem == PEFT_STEM or any(key.startswith(PEFT_PREFIX) for key in tensors)):
-        return AdapterFile(path, tensors, _settings(_text(config), config))
+        return AdapterFile(path, tensors, _settings(short_text(config, LARGEST_CONFIG), config))
     return AdapterFile(path, tensors, _settings(header or "{}", path))
 
 
@@ -100,15 +100,16 @@ def _table(weights: object, path: Path) -> dict[str, Tensor]:
     return weights
 
 
-def _text(config: Path) -> str:
-    with config.open("rb") as file:
-        data = file.read(LARGEST_CONFIG + 1)
-    if len(data) > LARGEST_CONFIG:
-        raise ValueError(f"{config} is larger than {LARGEST_CONFIG} bytes, so it is no LoRA's; remove or repair it")
+def short_text(path: Path, largest: int) -> str:
+    """A stranger's text file, of at most `largest` bytes; ValueError for a larger one, and for what is not UTF-8."""
+    with path.open("rb") as file:
+        data = file.read(largest + 1)
+    if len(data) > largest:
+        raise ValueError(f"{path} is larger than {largest} bytes, so it is not read; shorten or remove it")
     try:
         return data.decode()
     except UnicodeDecodeError as error:
-        raise ValueError(f"{config} is not UTF-8, so its settings cannot be read; remove or repair it") from error
+        raise ValueError(f"{path} is not UTF-8, so it cannot be read; save it again, or remove it") from error
 
 
 def _settings(text: str, source: Path) -> dict[str, Any]:
