@@ -202,7 +202,7 @@ def main(
     """
     torch.set_num_threads(options.threads)
     # a file or a pipe is 80 wide by default, and the table is not
-    record = measure(options, Console(width=max(Console().width, 120)))
+    record = measure(options, Console(width=max(Console().width, 140)))
     if json_file is not None:
         write_atomically(json_file, lambda path: path.write_text(json.dumps(record, indent=1) + "\n"))
 

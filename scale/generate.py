@@ -94,11 +94,4 @@ def _save(
 
 def score_known(scorers: Sequence[Scorer], image: Tensor, prompt: str) -> dict[str, float]:
     """Scores of one image (1, 3, H, W) by every scorer that knows its prompt (`alignment` knows the small world's)."""
-    scores = {}
-    for scorer in scorers:
-        try:
-            scores[scorer.name] = float(scorer.score(image, [prompt]))
-        except ValueError:
-            if scorer.name != "alignment":
-                raise
-    return scores
+    return {scorer.name: float(scorer.score(image, [prompt])) for scorer in scorers if scorer.knows(prompt)}

@@ -10,7 +10,7 @@ from safetensors.torch import load_model
 from torch import Tensor, nn
 
 from scale.mini import JUDGE, world
-from scale.rewards.protocol import Images, Scores, check_images
+from scale.rewards.protocol import Images, Scorer, Scores
 
 SLOTS = 2  # the first object, and the second or nothing
 COLOURS = (*world.COLOURS, "nothing")
@@ -49,7 +49,7 @@ def split_logits(logits: Tensor) -> tuple[Tensor, Tensor]:
     return logits[..., : len(COLOURS)], logits[..., len(COLOURS) :]
 
 
-class Alignment:
+class Alignment(Scorer):
     """`4 p - 2` in [-2, 2], where p is the mean probability that the judge gives the caption's colours and shapes.
 
     Raises:
@@ -60,24 +60,30 @@ class Alignment:
     range = (-2.0, 2.0)
     differentiable = True
 
-    def __init__(self, folder: Path = JUDGE) -> None:
-        path = folder / "judge.safetensors"
+    def __init__(self, folder: str | Path = JUDGE) -> None:
+        path = Path(folder) / "judge.safetensors"
         if not path.is_file():
             raise ValueError(f"no judge at {path}; run `python -m scale.mini.build` to make one")
         self.judge = Judge()
         load_model(self.judge, path)
         self.judge.eval().requires_grad_(False)
 
-    def score(self, images: Images, prompts: Sequence[str]) -> Scores:
-        """Images (n, 3, H, W) in [0, 1] of captions of the small world -> (n,)."""
-        check_images(images, prompts)
+    def knows(self, prompt: str) -> bool:
+        """Whether the prompt is a caption of the small world."""
+        try:
+            world.parse(prompt)
+        except ValueError:
+            return False
+        return True
+
+    def _score(self, images: Images, prompts: Sequence[str]) -> Scores:
         if images.shape[-2:] != (world.SIZE, world.SIZE):
             images = F.interpolate(images, (world.SIZE, world.SIZE), mode="bicubic", antialias=True).clamp(0, 1)
         self.judge.to(images.device)
         wanted = torch.stack([labels(prompt) for prompt in prompts]).to(images.device)
         right = [
             part.softmax(-1).gather(-1, wanted[..., i, None]).squeeze(-1)
-            for i, part in enumerate(split_logits(self.judge(images.float())))
+            for i, part in enumerate(split_logits(self.judge(images)))
         ]
         # a slot that should be empty counts too, or a second object would go unpunished
         return 4 * torch.stack(right).mean((0, 2)) - 2

@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 from math import inf
 
-from scale.rewards.protocol import Images, Scores, check_images
+from scale.rewards.protocol import Images, Scorer, Scores
 
 
-class Colorfulness:
+class Colorfulness(Scorer):
     """`M / 100`, where M (8-bit units; 15 is slightly, 59 quite, 109 extremely colourful) is
     `sqrt(sd_rg^2 + sd_yb^2) + 0.3 sqrt(mean_rg^2 + mean_yb^2)` of `rg = R - G` and `yb = (R + G)/2 - B`.
     """
@@ -14,11 +14,10 @@ class Colorfulness:
     name = "colorfulness"
     range = (0.0, inf)
     differentiable = True
+    runs_on = "anywhere"
 
-    def score(self, images: Images, prompts: Sequence[str]) -> Scores:
-        """Images (n, 3, H, W) in [0, 1] -> (n,); the prompts play no part."""
-        check_images(images, prompts)
-        red, green, blue = (255 * images.float()).flatten(2).unbind(1)
+    def _score(self, images: Images, prompts: Sequence[str]) -> Scores:
+        red, green, blue = (255 * images).flatten(2).unbind(1)
         rg, yb = red - green, (red + green) / 2 - blue
         # 1e-8: the root of a grey image has no gradient otherwise
         spread = (rg.var(1, correction=0) + yb.var(1, correction=0) + 1e-8).sqrt()

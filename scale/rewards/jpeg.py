@@ -7,22 +7,21 @@ from math import inf
 import torch
 from PIL import Image
 
-from scale.rewards.protocol import Images, Scores, check_images
+from scale.rewards.protocol import Images, Scorer, Scores
 
 QUALITY = 95
 
 
-class Jpeg:
-    """Minus the size in kB (1000 bytes) of a JPEG at quality 95, as Pillow writes it."""
+class Jpeg(Scorer):
+    """Minus the size in kB (1000 bytes) of the image, rounded to 8 bits, as Pillow's JPEG of quality 95."""
 
     name = "jpeg"
     range = (-inf, 0.0)
     differentiable = False
+    runs_on = "anywhere"
 
-    def score(self, images: Images, prompts: Sequence[str]) -> Scores:
-        """Images (n, 3, H, W) in [0, 1], rounded to 8 bits -> (n,); the prompts play no part."""
-        check_images(images, prompts)
-        pixels = (255 * images.detach().float().clamp(0, 1)).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+    def _score(self, images: Images, prompts: Sequence[str]) -> Scores:
+        pixels = (255 * images.detach().clamp(0, 1)).round().byte().permute(0, 2, 3, 1).cpu().numpy()
         return torch.tensor([-len(_encode(picture)) / 1000 for picture in pixels], device=images.device)
 
 

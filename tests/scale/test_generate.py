@@ -97,7 +97,8 @@ def test_the_record_says_everything_that_made_them(made: Path, folder: Path) -> 
 
 def test_the_rewards_are_those_of_the_files(made: Path, folder: Path) -> None:
     """The recorded scores are the scorers' of the PNG as stored; alignment only where it knows the prompt."""
-    scorers = {"alignment": Alignment(folder), "colorfulness": load_scorer("colorfulness"), "jpeg": load_scorer("jpeg")}
+    small = ("colorfulness", "jpeg", "symmetry")
+    scorers = {"alignment": Alignment(folder)} | {name: load_scorer(name) for name in small}
     for entry in json.loads(made.read_text())["images"]:
         pixels = torch.from_numpy(np.array(Image.open(made.parent / entry["file"]))).permute(2, 0, 1)[None] / 255
         known = scorers if entry["prompt"] == PROMPTS[0] else {n: s for n, s in scorers.items() if n != "alignment"}
