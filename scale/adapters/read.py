@@ -38,8 +38,8 @@ def read(path: Path) -> AdapterFile:
         ValueError: a file that cannot be read; a pickle that asks for code; a table that holds anything but plain
             tensors, together about as large as the file; settings that are no JSON object.
     """
-    content, header = _open(path)
-    tensors = _table(content, path)
+    content, header = open_file(path)
+    tensors = tensors_of(content, path)
     config = path.with_name(PEFT_CONFIG)
     if config.is_file() and (path.stem == PEFT_STEM or any(key.startswith(PEFT_PREFIX) for key in tensors)):
         return AdapterFile(path, tensors, _settings(short_text(config, LARGEST_CONFIG), config))
@@ -51,7 +51,7 @@ def first_line(error: Exception) -> str:
     return next(iter(str(error).splitlines()), type(error).__name__)[:300]
 
 
-def _open(path: Path) -> tuple[object, str | None]:
+def open_file(path: Path) -> tuple[object, str | None]:
     """What a file holds, and the LoRA settings (JSON) that diffusers writes into a safetensors header."""
     try:
         with path.open("rb") as file:
@@ -71,7 +71,7 @@ def _open(path: Path) -> tuple[object, str | None]:
             "ask for a .safetensors file"
         ) from error
     except Exception as error:  # a hostile file can make a parser raise anything
-        raise ValueError(f"{path} is no readable adapter file: {first_line(error)}") from error
+        raise ValueError(f"{path} is no readable file of weights: {first_line(error)}") from error
 
 
 def _is_compressed(path: Path) -> bool:
@@ -81,14 +81,14 @@ def _is_compressed(path: Path) -> bool:
         return any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist())
 
 
-def _table(weights: object, path: Path) -> dict[str, Tensor]:
+def tensors_of(weights: object, path: Path) -> dict[str, Tensor]:
     """A table of named, ordinary tensors, in which nothing claims more memory than its bytes in the file."""
     if not isinstance(weights, dict) or not all(isinstance(key, str) for key in weights):
-        raise ValueError(f"{path} holds no table of tensors, so it is no adapter")
+        raise ValueError(f"{path} holds no table of tensors, so it is no file of weights")
     if any(len(key) > LONGEST_KEY for key in weights):
-        raise ValueError(f"{path} has a key of more than {LONGEST_KEY} letters, so it is no adapter")
+        raise ValueError(f"{path} has a key of more than {LONGEST_KEY} letters, so it is no file of weights")
     if not all(type(value) in (Tensor, nn.Parameter) for value in weights.values()):
-        raise ValueError(f"{path} holds no table of tensors, so it is no adapter")
+        raise ValueError(f"{path} holds no table of tensors, so it is no file of weights")
     for key, value in weights.items():
         plain = value.layout is torch.strided and value.device.type == "cpu"
         if not plain or value.is_quantized or value.is_nested:

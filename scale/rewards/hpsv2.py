@@ -6,7 +6,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from scale.adapters.read import _open, _table
+from scale.adapters.read import open_file, tensors_of
 from scale.rewards.clip import CLIP_H, CONFIG, PREPROCESSOR, WORDS, Clip, find, load_clip, remedy, resize_and_pad
 from scale.rewards.protocol import Images, Scorer, Scores
 
@@ -78,8 +78,8 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
     Raises:
         ValueError: a pickle that asks for code, or no table of tensors.
     """
-    content = _open(path)[0]
-    table = _table(content.get("state_dict", content) if isinstance(content, dict) else content, path)
+    content = open_file(path)[0]
+    table = tensors_of(content.get("state_dict", content) if isinstance(content, dict) else content, path)
     return {key.removeprefix("module."): value for key, value in table.items()}
 
 

@@ -140,7 +140,7 @@ REFUSED = {
     "adapter with NaN": (f"{ASK} {MODEL} --adapter x=@nan.safetensors --weights x=1", "NaN or infinite"),
     "adapter DoRA": (f"{ASK} {MODEL} --adapter x=@dora.safetensors --weights x=1", "DoRA"),
     "adapter of text": (f"{ASK} {MODEL} --adapter x=@text.safetensors --weights x=1", "text-encoder"),
-    "adapter cut": (f"{ASK} {MODEL} --adapter x=@cut.safetensors --weights x=1", "no readable adapter"),
+    "adapter cut": (f"{ASK} {MODEL} --adapter x=@cut.safetensors --weights x=1", "no readable file of weights"),
     "adapter hostile": (f"{ASK} {MODEL} --adapter x=@hostile.bin --weights x=1", "refused"),
     "adapter hostile, renamed": (f"{ASK} {MODEL} --adapter x=@hostile.safetensors --weights x=1", "no readable"),
     "demo into a file": ("demo --out @good.txt", "is a file"),
