@@ -1,7 +1,7 @@
 """`python -m benches.policy_gradient`: how much signal a batch's policy gradient holds, by the advantage it is made of.
 
 Independent batches of images are drawn from the base model; each estimator turns each batch into one gradient (of the
-adapter's B factors: A's is zero there). Those of trace 1 have the true gradient as their mean, smaller traces are biased
+adapter's B factors: A's is zero there). Those of trace 1 have the true gradient as their mean; smaller ones are biased
 as far as the value errs. The mean cosine between two batches says how much of a batch's gradient is signal: it is about
 `|g|^2 / E|g_i|^2`.
 """

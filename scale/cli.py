@@ -226,12 +226,16 @@ def _toy(name: str, out: Path, seed: int) -> dict[str, Any]:
             torch.set_num_threads(threads)
 
 
-Command = (
-    Annotated[Demo, subcommand("demo")]
-    | Annotated[Verify, subcommand("verify")]
-    | Annotated[Toy, subcommand("toy")]
-    | Annotated[Generate, subcommand("generate")]
-)
+def _commands() -> Any:
+    from scale.cli_train import Train
+
+    return (
+        Annotated[Demo, subcommand("demo")]
+        | Annotated[Verify, subcommand("verify")]
+        | Annotated[Toy, subcommand("toy")]
+        | Annotated[Generate, subcommand("generate")]
+        | Annotated[Train, subcommand("train")]
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -253,11 +257,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(code)
 
 
-def _parse(arguments: Sequence[str]) -> Demo | Verify | Toy | Generate:
+def _parse(arguments: Sequence[str]) -> Any:
     complaint = io.StringIO()
     try:
         with contextlib.redirect_stderr(complaint):
-            return tyro.cli(Command, prog="dblend", args=list(arguments), description=__doc__)  # pyright: ignore
+            return tyro.cli(_commands(), prog="dblend", args=list(arguments), description=__doc__)
     except SystemExit as ended:
         if ended.code in (0, None):
             raise

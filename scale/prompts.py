@@ -40,13 +40,13 @@ def parse_weights(words: Sequence[str]) -> dict[str, Amount]:
     """
     return {
         name: parse_amount(f"the weight of {name!r}", value)
-        for name, value in _pairs(words, "weight", "colorfulness=0.7")
+        for name, value in parse_pairs(words, "weight", "colorfulness=0.7").items()
     }
 
 
 def parse_adapters(words: Sequence[str]) -> dict[str, Path]:
     """`["style=lora.safetensors"]` as a dict of paths; ValueError for a word without `=` or a name twice."""
-    return {name: Path(value) for name, value in _pairs(words, "adapter", "style=lora.safetensors")}
+    return {name: Path(value) for name, value in parse_pairs(words, "adapter", "style=lora.safetensors").items()}
 
 
 def parse_variances(words: Sequence[str]) -> dict[str, float]:
@@ -56,7 +56,7 @@ def parse_variances(words: Sequence[str]) -> dict[str, float]:
         ValueError: a word without `=`, a name twice, or no positive finite number.
     """
     variances = {}
-    for name, value in _pairs(words, "variance", "style=0.8"):
+    for name, value in parse_pairs(words, "variance", "style=0.8").items():
         try:
             amount = parse_amount("variance", value)
         except ValueError:
@@ -74,7 +74,7 @@ def parse_midpoints(words: Sequence[str]) -> dict[tuple[str, str], Path]:
         ValueError: a word without `=`, an edge twice, or one that is not two different names joined by `+`.
     """
     midpoints: dict[tuple[str, str], Path] = {}
-    for edge, value in _pairs(words, "midpoint", "style+shape=both.safetensors"):
+    for edge, value in parse_pairs(words, "midpoint", "style+shape=both.safetensors").items():
         ends = edge.split("+")
         if len(ends) != 2 or not all(ends) or ends[0] == ends[1]:
             raise ValueError(f"midpoint {edge!r} must join two different names by +; write e.g. base+style=half")
@@ -84,7 +84,8 @@ def parse_midpoints(words: Sequence[str]) -> dict[tuple[str, str], Path]:
     return midpoints
 
 
-def _pairs(words: Sequence[str], kind: str, example: str) -> list[tuple[str, str]]:
+def parse_pairs(words: Sequence[str], kind: str, example: str) -> dict[str, str]:
+    """`["a=b", "c=d"]` as a dict; ValueError, which says `kind`, for a word without `=` or a name twice."""
     pairs: dict[str, str] = {}
     for word in words:
         name, equals, value = word.partition("=")
@@ -93,4 +94,4 @@ def _pairs(words: Sequence[str], kind: str, example: str) -> list[tuple[str, str
         if name in pairs:
             raise ValueError(f"{kind} {name!r} is given twice; give each name once")
         pairs[name] = value
-    return list(pairs.items())
+    return pairs

@@ -47,7 +47,7 @@ def _table(head: str, card: Path) -> dict[str, object]:
     if len(head) > LARGEST_HEAD:
         raise ValueError(f"{card} has more than {LARGEST_HEAD} letters of YAML, so it is not read; shorten it")
     try:
-        danger = _danger(head)
+        danger = yaml_danger(head)
         table = None if danger else yaml.safe_load(head)
     except Exception as error:  # a hostile card can make the parser raise anything
         raise ValueError(f"{card} has YAML that cannot be read: {first_line(error)}") from error
@@ -58,7 +58,7 @@ def _table(head: str, card: Path) -> dict[str, object]:
     return table or {}
 
 
-def _danger(head: str) -> str | None:
+def yaml_danger(head: str) -> str | None:
     """What would make PyYAML need a gigabyte or minutes, found while it has not yet."""
     depth = 0
     for event in yaml.parse(head, yaml.SafeLoader):

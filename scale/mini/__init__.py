@@ -8,4 +8,4 @@ ADAPTERS = WEIGHTS / "adapters"
 JUDGE = WEIGHTS / "judge"
 GUIDANCE = 3.0  # of every picture that the package draws; the adapters were trained without, where images vary more
 
-EXPERTS = ("colorfulness", "jpeg")  # rewards in conflict, one shipped adapter each
+EXPERTS = ("colorfulness", "jpeg")  # the pair that the demo and the benches blend: rewards in conflict

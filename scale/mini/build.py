@@ -1,26 +1,31 @@
 """Rebuild every shipped weight of the small world: `python -m scale.mini.build`, into `build/mini/weights`.
 
-Stages run in order and each resumes after a kill: pictures, autoencoder, decoder, denoiser, judge, one adapter a
-reward, and the card that states what came out.
+Stages run in order and each resumes after a kill: pictures, autoencoder, decoder, denoiser, judge, the family's
+adapters, and the card that states what came out. What is in the folder already is kept, so that
+`--out scale/mini/weights --experts NAME...` adds adapters to the shipped model.
 """
 
 import json
 import shutil
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
+from multiprocessing import get_context
 from pathlib import Path
 
 import torch
 import tyro
-from diffusers import AutoencoderKL, StableDiffusionPipeline
+from diffusers import AutoencoderKL
 from safetensors.torch import save_model
 
 from dbtheory.files import write_atomically
-from scale.mini import EXPERTS, base, card, world
+from scale.mini import base, card, world
+from scale.mini.family import FAMILY
 from scale.mini.judge import train_judge
 from scale.pipeline import open_pipeline
-from scale.rewards import load_scorer
-from scale.train.dpok import Dpok, save_adapter, train
+from scale.rewards.expression import parse_reward
+from scale.train.run import fine_tune
+from scale.train.settings import MINI, Dpok
 
 
 @dataclass(frozen=True)
@@ -31,8 +36,10 @@ class Build:
     """Folder of checkpoints and training pictures; a killed build resumes from it, with the same options."""
     out: Path = Path("build/mini/weights")
     """Folder that receives the weights; what is there already is kept. The shipped ones are in scale/mini/weights."""
-    experts: tuple[str, ...] = EXPERTS
-    """Rewards to train an adapter for; several processes may build several at once."""
+    experts: tuple[str, ...] = tuple(FAMILY)
+    """Members of the family (scale/mini/family.py) to train."""
+    processes: int = 1
+    """Adapters that are trained at once, each by one process with its share of the cores."""
     autoencoder_steps: int = 2_000
     decoder_steps: int = 1_000
     denoiser_steps: int = 4_500
@@ -41,7 +48,7 @@ class Build:
     """Rendered pictures to train the model on, and as many others for the judge."""
     card_prompts: int = card.PROMPTS
     """Held-out prompts that the card is measured on."""
-    dpok: Dpok = field(default_factory=Dpok)
+    dpok: Dpok = field(default_factory=lambda: MINI)
     seed: int = 0
 
 
@@ -87,23 +94,39 @@ def build_judge(options: Build) -> None:
     write_atomically(folder / "judge.json", lambda path: path.write_text(text + "\n"))
 
 
-def build_adapter(reward: str, options: Build) -> None:
-    """Fine-tune one adapter by DPOK on the training prompts, and save it with its settings and training curve."""
-    folder = options.out / "adapters" / reward
+def build_adapter(name: str, options: Build, threads: int | None = None) -> None:
+    """Fine-tune one member of the family on the training prompts, and save it with its settings and curve."""
+    folder = options.out / "adapters" / name
     if (folder / "training.json").exists():
         return
-    pipe = open_pipeline(options.out / "model")
-    assert isinstance(pipe, StableDiffusionPipeline)
-    settings = replace(options.dpok, seed=options.seed)
-    history = train(pipe, load_scorer(reward), world.train_prompts(), settings, options.work / f"dpok-{reward}")
-    save_adapter(pipe, folder)
-    text = json.dumps({"reward": reward, "settings": asdict(settings), "history": history}, indent=1)
-    write_atomically(folder / "training.json", lambda path: path.write_text(text + "\n"))
+    if threads is not None:
+        torch.set_num_threads(threads)
+    expert, pipe = FAMILY[name], open_pipeline(options.out / "model")
+    settings = expert.settings(replace(options.dpok, seed=options.seed))
+    reward = parse_reward(expert.reward, {"alignment": options.out / "judge"} if "alignment" in expert.weights else {})
+    fine_tune(pipe, reward, world.train_prompts(), settings, options.work / f"dpok-{name}", folder)
+
+
+def build_adapters(options: Build) -> None:
+    """All that are asked for, `processes` at a time."""
+    if options.processes == 1:
+        for name in options.experts:
+            build_adapter(name, options)
+        return
+    threads = max(1, torch.get_num_threads() // options.processes)
+    with ProcessPoolExecutor(options.processes, get_context("spawn")) as pool:
+        for done in [pool.submit(build_adapter, name, options, threads) for name in options.experts]:
+            done.result()
+
+
+NOT_CLAIMED = ("work", "out", "experts", "processes")
 
 
 def _claim(options: Build) -> None:
     """Checkpoints carry no options of their own: a work folder belongs to the options that it was begun with."""
-    chosen = {name: value for name, value in asdict(options).items() if name not in ("work", "out", "experts")}
+    chosen = {
+        name: value for name, value in asdict(options).items() if name not in ("work", "out", "experts", "processes")
+    }
     text, path = json.dumps(chosen, indent=1) + "\n", options.work / "options.json"
     if path.exists() and path.read_text() != text:
         raise ValueError(f"{options.work} holds a build with other options ({path}); choose another --work folder")
@@ -112,17 +135,17 @@ def _claim(options: Build) -> None:
 
 def main(options: Build) -> None:
     """Run every stage whose result is not there."""
-    unknown = set(options.experts) - set(EXPERTS)
+    unknown = set(options.experts) - set(FAMILY)
     if unknown:
-        raise ValueError(f"no expert {', '.join(unknown)}; the experts are {', '.join(EXPERTS)}")
+        raise ValueError(f"no expert {', '.join(sorted(unknown))}; the experts are {', '.join(FAMILY)}")
+    if options.processes < 1:
+        raise ValueError(f"processes must be at least 1, received {options.processes}")
     options.work.mkdir(parents=True, exist_ok=True)
     _claim(options)
     build_model(options)
     build_judge(options)
-    for reward in options.experts:
-        build_adapter(reward, options)
-    if all((options.out / "adapters" / reward / "training.json").exists() for reward in EXPERTS):
-        card.write(options.out, options.card_prompts)
+    build_adapters(options)
+    card.write(options.out, options.card_prompts)
 
 
 if __name__ == "__main__":

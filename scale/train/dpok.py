@@ -1,215 +1,216 @@
-"""DPOK: fine-tune a LoRA adapter for one reward by policy gradient, under a KL penalty to the base model.
+"""DPOK: fine-tune an adapter for one reward by policy gradient, under a KL penalty to the base model.
 
 Fan et al. 2023; paper eq. 4: maximise `E[r(x_0)] - alpha sum_t KL(p_t(.|x_t) || p_t^pre(.|x_t))` over DDIM's Gaussian
-steps. Each round samples trajectories with the current adapter, scores their images, and makes a few clipped
-policy-gradient updates on their transitions.
+steps. Each round samples trajectories with the current policy, scores their images, fits the value function, and makes
+a few clipped policy-gradient updates on their transitions.
+
+Every process samples its share of the images and computes its share of every gradient; what they know (buffer, value
+function, weights) is the same on all.
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from itertools import pairwise
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from time import monotonic
 
 import torch
-from diffusers import StableDiffusionPipeline
-from peft import LoraConfig
-from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
+from accelerate import PartialState
+from accelerate.utils import gather, reduce
 from torch import Tensor
 
-from dbtheory.files import write_atomically
-from scale.progress import progress_bar
-from scale.rewards.protocol import Scorer
-from scale.train.policy import Policy, Rollout, kl_divergence, log_probability
+from scale.train import checkpoint
+from scale.train.advantage import centred, generalized_advantages
+from scale.train.buffer import Trajectories, Transitions
+from scale.train.divergence import Diverged, check_history, check_update
+from scale.train.policy import Policy, Reward, Rollout, kl_divergence, log_probability, step_kls
+from scale.train.settings import Dpok
+from scale.train.value import Value, fit_value
 
-ADAPTER = "expert"
-ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
-CONVOLUTIONS = ("conv1", "conv2")
-
-
-@dataclass(frozen=True)
-class Dpok:
-    """Settings of a run. `alpha`, in units of the reward, weighs the KL in nats, summed over steps and dimensions."""
-
-    alpha: float = 1e-4
-    rounds: int = 30
-    prompts_per_round: int = 8
-    samples_per_prompt: int = 8
-    steps: int = 20
-    """DDIM steps of a trajectory, eta = 1."""
-    guidance: float = 1.0
-    """1 is none: half the cost, and the images of a prompt vary more, which is what the policy gradient feeds on."""
-    transitions: float = 0.5
-    """Share of a round's transitions that its updates use."""
-    updates: int = 6
-    """Optimizer steps a round."""
-    microbatch: int = 64
-    learning_rate: float = 1e-3
-    clip: float = 1e-2
-    """The probability ratio per dimension is clipped to 1 +- clip."""
-    rank: int = 4
-    targets: tuple[str, ...] = ATTENTION + CONVOLUTIONS
-    bf16: bool = True
-    """Run the denoiser under bfloat16 autocast."""
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name in (
-            "alpha",
-            "rounds",
-            "prompts_per_round",
-            "steps",
-            "updates",
-            "learning_rate",
-            "clip",
-            "rank",
-        ):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be positive, received {getattr(self, name)}")
-        if not (0 < self.transitions <= 1 and self.microbatch >= 1):
-            raise ValueError(
-                f"received transitions {self.transitions} and microbatch {self.microbatch}; use (0, 1] and at least 1"
-            )
-        if self.samples_per_prompt < 2:
-            raise ValueError("samples_per_prompt must be at least 2: their mean is the baseline of the prompt")
-
-
-@dataclass(frozen=True)
-class Transitions:
-    """Single steps of trajectories, flattened: what one update sees."""
-
-    x: Tensor
-    x_next: Tensor
-    t: Tensor
-    text: Tensor
-    advantage: Tensor
-    log_probability: Tensor
-    base_mean: Tensor
+Record = dict[str, float]
+"""Of a round: reward and spread (mean and standard deviation of its images' scores), kl (of a trajectory, in nats),
+ratio (the largest |ratio - 1|), gradient (norm before clipping), value_loss, learning_rate."""
 
 
 def train(
-    pipe: StableDiffusionPipeline, scorer: Scorer, prompts: Sequence[str], settings: Dpok, work: Path
-) -> list[dict]:
-    """Add a LoRA adapter named "expert" to the pipeline's denoiser and train it; returns one record a round.
+    policy: Policy, reward: Reward, prompts: Sequence[str], settings: Dpok, work: Path, *,
+    observe: Callable[[int, Record], object] = lambda index, record: None,
+) -> list[Record]:  # fmt: skip
+    """Train the policy's adapter in place; one record a round, `observe(index, record)` after each.
 
-    A killed run resumes from its last round in `work`.
+    A killed run resumes from the last checkpoint in `work`, and ends as an uninterrupted one.
+
+    Raises:
+        ValueError: no prompts, shares that the processes cannot split evenly, a reward that tells no images apart, or
+            a `work` folder of a run with other settings.
+        Diverged: the run was stopped; the message names the checkpoint that is left.
     """
-    torch.manual_seed(settings.seed)
-    pipe.unet.requires_grad_(False)
-    pipe.unet.add_adapter(
-        LoraConfig(r=settings.rank, lora_alpha=settings.rank, target_modules=list(settings.targets)),
-        adapter_name=ADAPTER,
-    )
-    parameters = [p for p in pipe.unet.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=settings.learning_rate, weight_decay=1e-4)
-    policy, history = Policy(pipe, settings.steps, settings.guidance, settings.bf16), _resume(pipe, optimizer, work)
-
-    with progress_bar() as bar:
-        task = bar.add_task(scorer.name, total=settings.rounds, completed=len(history), note="")
-        for index in range(len(history), settings.rounds):
-            generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + index)
-            record = _round(policy, scorer, prompts, settings, optimizer, generator, history)
+    learner = Learner(policy, reward, prompts, settings)
+    history, seconds = checkpoint.resume(learner, work)
+    start = monotonic() - seconds
+    for index in range(len(history), settings.rounds):
+        try:
+            record = learner.round(index)
             history.append(record)
-            _save(pipe, optimizer, history, work)
-            bar.update(task, advance=1, note=" ".join(f"{k} {v:.4g}" for k, v in record.items()))
+            check_history(history, settings)
+        except Diverged as error:
+            raise Diverged(f"{error}; stopped in round {index + 1}, {checkpoint.last_good(work)}") from error
+        last = index + 1 == settings.rounds
+        if PartialState().is_main_process and (last or (index + 1) % settings.checkpoint_every == 0):
+            checkpoint.save(learner, history, monotonic() - start, work)
+        observe(index, record)
+    PartialState().wait_for_everyone()
     return history
 
 
-def _round(
-    policy: Policy, scorer: Scorer, prompts: Sequence[str], settings: Dpok, optimizer: torch.optim.Optimizer,
-    generator: torch.Generator, history: list[dict],
-) -> dict:  # fmt: skip
-    """Sample, score, update."""
-    rows = torch.randint(len(prompts), (settings.prompts_per_round,), generator=generator)
-    chosen = [prompts[int(i)] for i in rows for _ in range(settings.samples_per_prompt)]
-    rollout = policy.rollout(chosen, generator)
-    scores = scorer.score(rollout.images, chosen).to(rollout.images.device)
-    # the spread of the base model's rewards fixes the scale of the objective for the whole run
-    scale = history[0]["spread"] if history else float(scores.std())
-    if not scale > 0:  # NaN too
-        raise ValueError(f"{scorer.name} gave the images of the first round one score, or NaN: nothing to learn")
-    groups = scores.unflatten(0, (-1, settings.samples_per_prompt))
-    advantage = ((groups - groups.mean(1, keepdim=True)) / scale).flatten()
-    batch = _transitions(policy, rollout, advantage, settings, generator)
-    kl, ratio = _update(policy, batch, settings, optimizer, settings.alpha / scale)
-    return {"reward": float(scores.mean()), "spread": float(scores.std()), "kl": kl, "ratio": ratio}
+class Learner:
+    """A policy, its value function, their optimizers, and the newest trajectories."""
+
+    def __init__(self, policy: Policy, reward: Reward, prompts: Sequence[str], settings: Dpok) -> None:
+        processes = PartialState().num_processes
+        if not prompts:
+            raise ValueError("training needs prompts, received none")
+        if settings.images % processes or settings.batch % processes:
+            raise ValueError(
+                f"{processes} processes cannot share {settings.images} images a round and updates of {settings.batch} "
+                "transitions evenly; choose multiples"
+            )
+        self.policy, self.reward, self.prompts, self.settings = policy, reward, list(prompts), settings
+        self.parameters = list(policy.trainable().values())
+        rate, decay = settings.learning_rate, settings.weight_decay
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=rate, weight_decay=decay)
+        self.scaler = torch.amp.GradScaler(policy.device.type, enabled=settings.precision == "fp16")  # pyright: ignore
+        self.buffer: Trajectories | None = None
+        self.value, self.value_optimizer = self._value()
+
+    def _value(self) -> tuple[Value, torch.optim.Optimizer]:
+        """The value function for the policy's shapes, which a trajectory of its own tells."""
+        peek = self.policy.rollout(self.prompts[:1], [torch.Generator().manual_seed(0)])
+        width = self.policy.features(peek.condition).shape[1]
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.settings.seed)
+            value = Value(tuple(peek.states.shape[2:]), width, self.policy.steps).to(self.policy.device)
+        return value, torch.optim.Adam(value.parameters(), lr=self.settings.value_learning_rate)
+
+    def round(self, index: int) -> Record:
+        """Sample, score, update the policy, then the value function, which so never saw what it judged."""
+        settings = self.settings
+        new = self._sample(index)
+        if not bool(new.returns.std() > 0) and index == 0:
+            raise ValueError(f"{self.reward.name} gave the images of the first round one score: nothing to learn")
+        self.buffer = new if self.buffer is None else self.buffer.followed_by(new, settings.trajectories)
+        for group in self.optimizer.param_groups:
+            group["lr"] = settings.learning_rate * (1 - index / settings.rounds if settings.decay else 1.0)
+        record = {"reward": float(new.returns.mean()), "spread": float(new.returns.std())}
+        record |= self._improve(self.buffer if settings.replay else new, index)
+        record["value_loss"] = fit_value(
+            self.value, self.value_optimizer, self.buffer.value_data(), settings.value_updates, settings.value_batch,
+            generator_of(settings.seed, index, 2),
+        )  # fmt: skip
+        return record | {"learning_rate": self.optimizer.param_groups[0]["lr"]}
+
+    def _sample(self, index: int) -> Trajectories:
+        """This round's trajectories of all processes, with their advantages."""
+        settings, state = self.settings, PartialState()
+        chosen = balanced(self.prompts, settings.prompts_per_round, index, settings.seed)
+        texts = [prompt for prompt in chosen for _ in range(settings.samples_per_prompt)]
+        share = len(texts) // state.num_processes
+        mine = range(state.process_index * share, (state.process_index + 1) * share)
+        parts = []
+        for start in range(0, share, settings.rollout_batch):
+            rows = mine[start : start + settings.rollout_batch]
+            generators = [generator_of(settings.seed, index, 3 + i) for i in rows]
+            parts.append(self._scored(self.policy.rollout([texts[i] for i in rows], generators)))
+        whole = Trajectories.joined(parts)
+        if state.num_processes > 1:
+            whole = whole.mapped(lambda value: gather(value.contiguous()))  # pyright: ignore[reportArgumentType]
+        values = self._values(whole)
+        advantages = generalized_advantages(values, whole.returns, settings.trace) + whole.advantages
+        return whole.with_advantages(centred(advantages, settings.samples_per_prompt))
+
+    def _scored(self, rollout: Rollout) -> Trajectories:
+        """A rollout with its rewards, and those of the guesses; its advantages are yet the price of later KL alone."""
+        settings, score, prompts = self.settings, self.reward.score, rollout.prompts
+        hints = torch.zeros_like(rollout.log_probabilities)
+        if settings.look_ahead:
+            hints = torch.stack([score(self.policy.decode(guess), prompts).to(hints) for guess in rollout.guesses])
+        price = torch.zeros_like(hints)
+        if settings.later_kl:
+            kls = step_kls(self.policy, rollout)
+            price = settings.alpha * (kls.flip(0).cumsum(0).flip(0) - kls)
+        return Trajectories(
+            rollout.states, rollout.guesses, hints, rollout.log_probabilities, -price,
+            score(rollout.images, prompts).to(hints), self.policy.features(rollout.condition), rollout.condition,
+        )  # fmt: skip
+
+    @torch.no_grad()
+    def _values(self, whole: Trajectories) -> Tensor:
+        data = whole.value_data()
+        parts = zip(*(data[name].split(1024) for name in ("guess", "text", "k", "hint")), strict=True)
+        return torch.cat([self.value(*part) for part in parts]).unflatten(0, (whole.steps, len(whole)))
+
+    def _improve(self, pool: Trajectories, index: int) -> Record:
+        """Clipped policy-gradient updates on shuffled transitions, every one of the pool before any comes twice."""
+        settings, state, records = self.settings, PartialState(), []
+        generator = generator_of(settings.seed, index, 1)
+        for rows in shuffled(pool.steps * len(pool), settings.updates, settings.batch, generator):
+            share, sums = rows[state.process_index :: state.num_processes], []
+            self.optimizer.zero_grad(set_to_none=True)
+            for part in share.split(settings.microbatch):
+                loss, kl, ratio = self._loss(pool.transitions(part))
+                self.scaler.scale(loss * (len(part) / len(share))).backward()
+                sums.append(torch.stack((kl * (len(part) / len(share)), ratio)).detach())
+            kls, ratios = torch.stack(sums).unbind(1)
+            seen = gather(torch.stack((kls.sum(), ratios.max())).view(1, 2))
+            records.append({"kl": float(seen[:, 0].mean()), "ratio": float(seen[:, 1].max()), "gradient": self._step()})
+            check_update(records[-1], self.scaler, settings)
+        return {
+            "kl": sum(r["kl"] for r in records) / len(records),
+            "ratio": max(r["ratio"] for r in records),
+            "gradient": sum(r["gradient"] for r in records) / len(records),
+        }
+
+    def _loss(self, batch: Transitions) -> tuple[Tensor, Tensor, Tensor]:
+        """The clipped objective with its KL penalty; the KL of a trajectory in nats; the largest |ratio - 1|."""
+        settings, policy = self.settings, self.policy
+        with torch.no_grad(), policy.base():
+            base_mean, _ = policy.moments(batch.x, batch.k, batch.condition)
+        mean, std = policy.moments(batch.x, batch.k, batch.condition)
+        ratio = (log_probability(batch.x_next, mean, std) - batch.log_probability).exp()
+        clipped = ratio.clamp(1 - settings.clip, 1 + settings.clip)
+        gain = torch.minimum(ratio * batch.advantage, clipped * batch.advantage).mean()
+        # both per dimension, so that alpha is reward a nat
+        kl = kl_divergence(mean, base_mean, std).mean()
+        loss = settings.reward_weight * (settings.alpha * kl - gain)
+        return loss, kl * batch.x[0].numel() * policy.steps, (ratio - 1).abs().max()
+
+    def _step(self) -> float:
+        """Average the processes' gradients, clip, update; the norm before clipping."""
+        if PartialState().num_processes > 1:
+            for parameter in self.parameters:
+                parameter.grad = reduce(parameter.grad, "mean")  # pyright: ignore[reportAttributeAccessIssue]
+        self.scaler.unscale_(self.optimizer)  # after the average, so that all processes see the same overflow
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.settings.max_grad_norm)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        return float(norm)
 
 
-@torch.no_grad()
-def _transitions(
-    policy: Policy, rollout: Rollout, advantage: Tensor, settings: Dpok, generator: torch.Generator
-) -> list[Transitions]:
-    """A shuffled share of all transitions, with the base model's view of each: its own step, adapters switched off."""
-    steps, n = len(rollout.timesteps), len(rollout.prompts)
-    order = torch.randperm(steps * n, generator=generator)[: int(settings.transitions * steps * n)]
-    batches = []
-    for rows in order.split(settings.microbatch):
-        k, i = rows // n, rows % n
-        x, x_next, t, text = (
-            rollout.latents[k, i],
-            rollout.latents[k + 1, i],
-            rollout.timesteps[k],
-            rollout.text[:, i],
-        )
-        policy.pipe.unet.disable_adapters()
-        base_mean, _ = policy.moments(x, t, policy.noise(x, t, text))
-        policy.pipe.unet.enable_adapters()
-        batches.append(Transitions(x, x_next, t, text, advantage[i], rollout.log_probabilities[k, i], base_mean))
-    return batches
+def generator_of(seed: int, index: int, stream: int) -> torch.Generator:
+    """A CPU generator of its own for every use in every round: nothing depends on what was drawn before."""
+    return torch.Generator().manual_seed(((seed * 1_000_003 + index) * 1_000_003 + stream) % 2**63)
 
 
-def _update(
-    policy: Policy,
-    batches: list[Transitions],
-    settings: Dpok,
-    optimizer: torch.optim.Optimizer,
-    kl_weight: float,
-) -> tuple[float, float]:
-    """Clipped policy gradient with the KL penalty; returns the mean KL of a trajectory (nats) and max |ratio - 1|."""
-    kls, ratios = [], []
-    for group in _groups(batches, settings.updates):
-        optimizer.zero_grad(set_to_none=True)
-        for batch in group:
-            mean, std = policy.moments(batch.x, batch.t, policy.noise(batch.x, batch.t, batch.text))
-            ratio = (log_probability(batch.x_next, mean, std) - batch.log_probability).exp()
-            clipped = ratio.clamp(1 - settings.clip, 1 + settings.clip)
-            gain = torch.minimum(ratio * batch.advantage, clipped * batch.advantage).mean()
-            kl = kl_divergence(mean, batch.base_mean, std).mean()
-            ((kl_weight * kl - gain) / len(group)).backward()
-            kls.append(float(kl.detach()) * batch.x[0].numel() * settings.steps)
-            ratios.append(float((ratio.detach() - 1).abs().max()))
-        torch.nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], 1.0)
-        optimizer.step()
-    return sum(kls) / len(kls), max(ratios)
-
-
-def _groups(batches: list[Transitions], count: int) -> Iterator[list[Transitions]]:
-    """The microbatches in `count` nearly equal groups, one an optimizer step."""
-    edges = [round(i * len(batches) / count) for i in range(count + 1)]
-    return (batches[a:b] for a, b in pairwise(edges) if b > a)
-
-
-def save_adapter(pipe: StableDiffusionPipeline, folder: Path) -> None:
-    """Write the trained adapter as diffusers' `pytorch_lora_weights.safetensors`."""
-    trained = get_peft_model_state_dict(pipe.unet, adapter_name=ADAPTER)
-    layers: dict[str, Any] = {key: value.half().contiguous() for key, value in trained.items()}
-    StableDiffusionPipeline.save_lora_weights(folder, unet_lora_layers=layers, safe_serialization=True)
-
-
-def _save(pipe: StableDiffusionPipeline, optimizer: torch.optim.Optimizer, history: list[dict], work: Path) -> None:
-    state = {
-        "adapter": get_peft_model_state_dict(pipe.unet, adapter_name=ADAPTER),
-        "optimizer": optimizer.state_dict(),
-        "history": history,
+def balanced(prompts: Sequence[str], count: int, index: int, seed: int) -> list[str]:
+    """The prompts of a round: the list is shuffled and dealt out, and shuffled again when it is used up."""
+    positions = range(index * count, (index + 1) * count)
+    orders: dict[int, list[int]] = {
+        epoch: torch.randperm(len(prompts), generator=generator_of(seed, epoch, 0)).tolist()
+        for epoch in {position // len(prompts) for position in positions}
     }
-    write_atomically(work / "checkpoint.pt", lambda temporary: torch.save(state, temporary))
+    return [prompts[orders[p // len(prompts)][p % len(prompts)]] for p in positions]
 
 
-def _resume(pipe: StableDiffusionPipeline, optimizer: torch.optim.Optimizer, work: Path) -> list[dict]:
-    path = work / "checkpoint.pt"
-    if not path.exists():
-        return []
-    state = torch.load(path, weights_only=True)
-    set_peft_model_state_dict(pipe.unet, state["adapter"], adapter_name=ADAPTER)
-    optimizer.load_state_dict(state["optimizer"])
-    return state["history"]
+def shuffled(total: int, updates: int, batch: int, generator: torch.Generator) -> Iterator[Tensor]:
+    """Row numbers for `updates` updates of `batch` each; all `total` rows before any of them again."""
+    rounds = -(-updates * batch // total)
+    order = torch.cat([torch.randperm(total, generator=generator) for _ in range(rounds)])
+    return iter(order[: updates * batch].split(batch))

@@ -1,102 +1,110 @@
-"""A diffusion pipeline as a policy: DDIM's Gaussian steps, their means, and the log-probabilities of their samples."""
+"""What a trainer sees of a model: Gaussian steps from noise to data, whose means can be learned."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 import torch
-from diffusers import DDIMScheduler, StableDiffusionPipeline
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-Latents = Float[Tensor, "n channels height width"]
+State = Float[Tensor, "n *event"]
+Condition = Mapping[str, Tensor]
+"""What a denoiser is told besides state and step: tensors of n rows, by name."""
 
 
 @dataclass(frozen=True)
 class Rollout:
-    """Trajectories from noise to data: `latents[k]` at `timesteps[k]`, one more at the end, and its images.
+    """Trajectories from noise to data: `states[k]` is where step k begins, `states[-1]` is data.
 
-    `log_probabilities[k]` are those of the steps from `latents[k]` to `latents[k + 1]` under the policy that made them.
+    `log_probabilities[k]` are those of step k under the policy that made it, and `guesses[k]` is the data that the
+    model expected there (`E[x_0 | x_t]`).
     """
 
     prompts: list[str]
-    text: Float[Tensor, "two n tokens features"]
-    timesteps: Int64[Tensor, " steps"]
-    latents: Float[Tensor, "steps+1 n channels height width"]
+    condition: Condition
+    states: Float[Tensor, "states n *event"]
+    guesses: Float[Tensor, "steps n *event"]
     log_probabilities: Float[Tensor, "steps n"]
-    images: Float[Tensor, "n 3 h w"]
+    images: Tensor
 
 
-class Policy:
-    """The denoiser of a Stable Diffusion pipeline under classifier-free guidance, stepped by DDIM with eta = 1.
+@runtime_checkable
+@runtime_checkable
+class Policy(Protocol):
+    """Steps `k = 0 .. steps - 1`, from noise to data, each `N(mean, std^2 I)` with a mean that can be learned."""
 
-    `guidance` follows diffusers: `uncond + guidance (cond - uncond)`, 1 means none. `bf16` runs the denoiser under
-    autocast.
-    """
+    @property
+    def steps(self) -> int: ...
 
-    def __init__(self, pipe: StableDiffusionPipeline, steps: int, guidance: float, bf16: bool = False) -> None:
-        self.pipe, self.guidance, self.bf16 = pipe, guidance, bf16
-        scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
-        assert isinstance(scheduler, DDIMScheduler)
-        scheduler.set_timesteps(steps, device=pipe.unet.device)
-        self.scheduler = scheduler
-        self.timesteps: Tensor = scheduler.timesteps
+    @property
+    def device(self) -> torch.device: ...
 
-    @torch.no_grad()
-    def encode(self, prompts: Sequence[str]) -> Float[Tensor, "two n tokens features"]:
-        """Text states of the empty prompt (row 0) and of each prompt (row 1)."""
-        tokens = self.pipe.tokenizer(
-            ["", *prompts], padding="max_length", truncation=True, return_tensors="pt"
-        ).input_ids
-        states = self.pipe.text_encoder(tokens.to(self.pipe.text_encoder.device)).last_hidden_state
-        return torch.stack((states[:1].expand(len(prompts), -1, -1), states[1:]))
+    def trainable(self) -> Mapping[str, torch.nn.Parameter]:
+        """What is learned, by name."""
+        ...
 
-    def noise(self, x: Latents, t: Int64[Tensor, " n"], text: Float[Tensor, "two n tokens features"]) -> Latents:
-        """Guided noise prediction at timesteps `t`, one a sample."""
-        if self.guidance == 1:
-            return self._denoise(x, t, text[1])
-        unconditional, conditional = self._denoise(torch.cat((x, x)), torch.cat((t, t)), text.flatten(0, 1)).chunk(2)
-        return unconditional + self.guidance * (conditional - unconditional)
+    def rollout(self, prompts: Sequence[str], generators: Sequence[torch.Generator]) -> Rollout:
+        """One trajectory a prompt; a row's noise is its own generator's, whatever else is in the batch."""
+        ...
 
-    def _denoise(self, x: Tensor, t: Tensor, states: Tensor) -> Tensor:
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16):
-            return self.pipe.unet(x, t, states, return_dict=False)[0].float()
+    def decode(self, data: State) -> Tensor:
+        """Data as the images that a reward sees."""
+        ...
 
-    def moments(self, x: Latents, t: Int64[Tensor, " n"], eps: Latents) -> tuple[Latents, Tensor]:
-        """Mean and standard deviation (n, 1, 1, 1) of DDIM's step at eta = 1 (Song et al. 2021, eq. 12 and 16)."""
-        stride = self.scheduler.config["num_train_timesteps"] // len(self.timesteps)
-        cumulative = self.scheduler.alphas_cumprod.to(x)
-        before = torch.where(
-            t >= stride, cumulative[(t - stride).clamp(min=0)], self.scheduler.final_alpha_cumprod.to(x)
-        )
-        now, before = (a.view(-1, 1, 1, 1) for a in (cumulative[t], before))
-        variance = (1 - before) / (1 - now) * (1 - now / before)
-        clean = (x - (1 - now).sqrt() * eps) / now.sqrt()
-        return before.sqrt() * clean + (1 - before - variance).clamp(min=0).sqrt() * eps, variance.sqrt()
+    def moments(self, x: State, k: Int64[Tensor, " n"], condition: Condition) -> tuple[State, Tensor]:
+        """Mean, and standard deviation (n, 1, ...), of steps `k` from states `x`."""
+        ...
 
-    @torch.no_grad()
-    def rollout(self, prompts: Sequence[str], generator: torch.Generator) -> Rollout:
-        """One trajectory a prompt, noise from `generator`."""
-        device, text = self.pipe.unet.device, self.encode(prompts)
-        config = self.pipe.unet.config
-        shape = (len(prompts), config.in_channels, config.sample_size, config.sample_size)
-        latents, log_probabilities = [torch.randn(shape, generator=generator).to(device)], []
-        for t in self.timesteps:
-            at = t.expand(len(prompts))
-            mean, std = self.moments(latents[-1], at, self.noise(latents[-1], at, text))
-            latents.append(mean + std * torch.randn(shape, generator=generator).to(device))
-            log_probabilities.append(log_probability(latents[-1], mean, std))
-        vae = self.pipe.vae
-        decoded = vae.decode(latents[-1] / vae.config.scaling_factor, return_dict=False)[0]
-        images = (decoded / 2 + 0.5).clamp(0, 1)
-        stacked = torch.stack(latents), torch.stack(log_probabilities)
-        return Rollout(list(prompts), text, self.timesteps, *stacked, images)
+    def base(self) -> AbstractContextManager[None]:
+        """Within it `moments` are those of the base model."""
+        ...
+
+    def features(self, condition: Condition) -> Float[Tensor, "n width"]:
+        """The condition as one vector a row, for the value function."""
+        ...
 
 
-def log_probability(x_next: Latents, mean: Latents, std: Tensor) -> Float[Tensor, " n"]:
+@runtime_checkable
+@runtime_checkable
+class Reward(Protocol):
+    """What a trainer asks of a reward: every `scale.rewards.Scorer` is one."""
+
+    name: str
+
+    def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Images and their prompts -> scores (n,)."""
+        ...
+
+
+def log_probability(x_next: State, mean: State, std: Tensor) -> Float[Tensor, " n"]:
     """Log-density of a Gaussian step per dimension (their mean, as in DPOK's code), constants dropped."""
     return -((x_next - mean) / std).square().flatten(1).mean(1) / 2 - std.flatten(1).log().squeeze(1)
 
 
-def kl_divergence(mean: Latents, base_mean: Latents, std: Tensor) -> Float[Tensor, " n"]:
-    """KL of a step from the base model's step of the same variance, per dimension."""
+def kl_divergence(mean: State, base_mean: State, std: Tensor) -> Float[Tensor, " n"]:
+    """KL of a step from the base model's step of the same variance, per dimension, in nats."""
     return ((mean - base_mean) / std).square().flatten(1).mean(1) / 2
+
+
+def rows_of(condition: Condition, rows: Tensor | slice) -> dict[str, Tensor]:
+    """Some rows of a condition."""
+    return {name: value[rows] for name, value in condition.items()}
+
+
+@torch.no_grad()
+def step_kls(policy: Policy, rollout: Rollout) -> Float[Tensor, "steps n"]:
+    """KL of every step from the base model's at the states that a rollout went through, in nats.
+
+    Summed over steps, in the mean over the policy's own rollouts, it is the KL of their laws of trajectories (paper
+    eq. 4), which bounds that of the images.
+    """
+    kls = []
+    for step, x in enumerate(rollout.states[:-1]):
+        k = torch.full((len(x),), step, device=policy.device)
+        mean, std = policy.moments(x, k, rollout.condition)
+        with policy.base():
+            base_mean, _ = policy.moments(x, k, rollout.condition)
+        kls.append(kl_divergence(mean, base_mean, std) * x[0].numel())
+    return torch.stack(kls)

@@ -17,7 +17,7 @@ from scale.cli import main
 REQUIRED = {
     "proposition-1", "proposition-2", "proposition-3", "lemma-1", "lemma-2-as-printed", "pathwise-lemma",
     "density-lemma", "covariance-bound", "shift-families", "blend-error", "kla-error", "quadratic-interpolation",
-    "remark-4", "low-discrepancy", "msdda", "feynman-kac",
+    "remark-4", "low-discrepancy", "msdda", "feynman-kac", "stepwise",
 }  # fmt: skip
 
 

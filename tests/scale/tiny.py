@@ -63,6 +63,13 @@ def sd(seed: int = 0, channels: int = 4) -> StableDiffusionPipeline:
     return _quiet(pipe)
 
 
+def v_prediction(seed: int = 0) -> StableDiffusionPipeline:
+    """`sd` whose UNet predicts v, as Stable Diffusion 2 does."""
+    pipe = sd(seed)
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, prediction_type="v_prediction")
+    return pipe
+
+
 def img2img(seed: int = 0) -> StableDiffusionImg2ImgPipeline:
     """`sd` that starts from a picture."""
     return _quiet(StableDiffusionImg2ImgPipeline(**sd(seed).components, requires_safety_checker=False))

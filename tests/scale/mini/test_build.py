@@ -9,31 +9,34 @@ from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file
 
 from scale import mini
-from scale.mini import base, build, judge, world
+from scale.mini import base, build, card, judge, world
 from scale.mini.build import Build
-from scale.train.dpok import Dpok
+from scale.train.settings import Dpok
+
+CHOSEN = ("alignment", "colorfulness20-jpeg80")
 
 
 @pytest.fixture
 def tiny(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Build:
     """A few pictures, two steps a stage, one round an expert: seconds instead of an hour."""
-    dpok = Dpok(rounds=1, prompts_per_round=1, samples_per_prompt=2, steps=2, transitions=1.0, updates=1)
+    dpok = Dpok(rounds=1, prompts_per_round=1, samples_per_prompt=2, steps=2, updates=1, batch=4, value_updates=1)
     monkeypatch.setattr(judge, "TEST_PICTURES", 4)
     steps = dict.fromkeys(("autoencoder_steps", "decoder_steps", "denoiser_steps", "judge_steps"), 2)
-    return Build(tmp_path / "work", tmp_path / "out", pictures=64, card_prompts=2, dpok=dpok, **steps)
+    monkeypatch.setattr(card, "STEPS", 2)
+    return Build(tmp_path / "work", tmp_path / "out", CHOSEN, pictures=64, card_prompts=2, dpok=dpok, **steps)
 
 
 @pytest.mark.slow
 def test_every_stage_runs_and_is_not_run_again(tiny: Build) -> None:
-    """From nothing to a model that diffusers opens, a judge, two adapters and a card; a second run changes no file."""
+    """From nothing to a model that diffusers opens, a judge, two adapters and a card; a second run changes none."""
     build.main(tiny)
     pipe = StableDiffusionPipeline.from_pretrained(tiny.out / "model")
     assert {part.dtype for part in (pipe.unet, pipe.vae, pipe.text_encoder)} == {torch.float32}
     files = {path: path.stat().st_mtime_ns for path in tiny.out.rglob("*") if path.is_file()}
     names = {str(path.relative_to(tiny.out)) for path in files}
     assert {"README.md", "card.json", "judge/judge.safetensors", "judge/judge.json"} <= names
-    for reward in mini.EXPERTS:
-        assert {f"adapters/{reward}/training.json", f"adapters/{reward}/pytorch_lora_weights.safetensors"} <= names
+    for name in CHOSEN:
+        assert {f"adapters/{name}/training.json", f"adapters/{name}/pytorch_lora_weights.safetensors"} <= names
     os.remove(tiny.out / "card.json")
     build.main(tiny)
     kept = {path: path.stat().st_mtime_ns for path in files if path.name not in ("card.json", "README.md")}
@@ -70,7 +73,7 @@ def test_the_shipped_weights_do_not_stand_in_for_a_build() -> None:
 
 def test_an_unknown_expert_is_refused(tiny: Build) -> None:
     """ValueError that lists the experts, before any work."""
-    with pytest.raises(ValueError, match="colorfulness, jpeg"):
+    with pytest.raises(ValueError, match="alignment, colorfulness, symmetry, jpeg"):
         build.main(Build(**{**vars(tiny), "experts": ("beauty",)}))
 
 

@@ -1,169 +1,171 @@
-"""DPOK on a tiny pipeline: it climbs its reward, the KL holds it back, and a killed run ends like any other."""
+"""DPOK on tiny pipelines: its updates follow the gradient, it climbs its reward, and the KL holds it back."""
 
-from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig
+from scipy import stats
 from torch import Tensor
 
-from dbtheory import Preference
-from scale import attach
-from scale.train import dpok
-from scale.train.dpok import Dpok, Transitions, save_adapter, train
-from scale.train.policy import Policy, log_probability
+from scale.train.buffer import Transitions
+from scale.train.dpok import Learner, train
+from scale.train.policy import log_probability, trajectory_kl
+from scale.train.settings import PRESETS, Dpok
+from tests.chance import alarms
 from tests.scale import tiny
+from tests.scale.train.fixtures import PROMPTS, Brightness, Changing, flat, generators, policy, settings, stir, weights
 
-PROMPTS = ["a red circle", "a blue star", "a green heart and a red ring"]
-
-
-class Brightness:
-    """The mean of an image's pixels."""
-
-    name = "brightness"
-    range = (0.0, 1.0)
-    differentiable = True
-
-    def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        return images.mean((1, 2, 3))
+N = 24  # samples of a batch
 
 
-class Loud(Brightness):
-    """Fails in a chosen round, as a kill would."""
-
-    def __init__(self, rounds: float) -> None:
-        self.left = rounds
-
-    def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        self.left -= 1
-        if self.left < 0:
-            raise KeyboardInterrupt
-        return super().score(images, prompts)
-
-
-def settings(**options) -> Dpok:
-    small = {"rounds": 4, "prompts_per_round": 3, "samples_per_prompt": 8, "steps": 4, "microbatch": 24, "updates": 3}
-    return Dpok(**{**small, "transitions": 1.0, "bf16": False, "alpha": 1e-4, "learning_rate": 5e-3, **options})
-
-
-def _flat(tensors: Iterable[Tensor]) -> Tensor:
-    return torch.cat([tensor.flatten() for tensor in tensors])
-
-
-def adapter(pipe) -> dict[str, Tensor]:
-    return {k: v.clone() for k, v in dpok.get_peft_model_state_dict(pipe.unet, adapter_name=dpok.ADAPTER).items()}
+def p_value(values: Tensor, mean: float) -> float:
+    """Student's, two-sided, of a small sample's mean."""
+    t = (float(values.mean()) - mean) / (float(values.std()) / len(values) ** 0.5)
+    return float(2 * stats.t.sf(abs(t), len(values) - 1))
 
 
 def test_the_update_follows_the_gradient_of_the_expected_reward() -> None:
     """From one state, with the reward <c, x_next>, the expected reward's gradient is that of <c, mean>, exactly.
 
-    The policy-gradient update's mean over 40 independent batches, projected on that direction, equals it at a false-
-    alarm level of 1e-5 (z = 4.4); shuffled rewards (control) give a projection that does not.
+    The policy gradient's mean over 30 independent batches, projected on that direction, equals it at a false-alarm
+    level of 1e-5; shuffled rewards (control) give a projection that does not.
     """
-    pipe, prompts = tiny.sd(), ["a red circle"] * 64
-    pipe.unet.requires_grad_(False)
-    pipe.unet.add_adapter(
-        LoraConfig(r=4, target_modules=list(dpok.ATTENTION + dpok.CONVOLUTIONS)), adapter_name="expert"
-    )
-    parameters = [p for p in pipe.unet.parameters() if p.requires_grad]
-    policy, generator = Policy(pipe, steps=4, guidance=2.0), torch.Generator().manual_seed(0)
-    x = torch.randn(1, 4, 8, 8, generator=generator).expand(64, -1, -1, -1)
-    t, text = policy.timesteps[1].expand(64), policy.encode(prompts)
-    mean, std = policy.moments(x, t, policy.noise(x, t, text))
-    c = torch.randn(4, 8, 8, generator=generator) / 256  # small: the update clips gradients of norm above 1
-    exact = _flat(torch.autograd.grad((c * mean[0]).sum(), parameters))
+    options = settings()
+    trained = policy(options)
+    learner = Learner(trained, Brightness(), PROMPTS, options)
+    generator, k = torch.Generator().manual_seed(0), torch.ones(N, dtype=torch.int64)
+    x = torch.randn(1, 4, 8, 8, generator=generator).expand(N, -1, -1, -1)
+    condition = trained.encode(["a red circle"] * N)
+    mean, std = trained.moments(x, k, condition)
+    c = torch.randn(4, 8, 8, generator=generator)
+    exact = flat(torch.autograd.grad((c * mean[0]).sum(), learner.parameters))
     mean = mean.detach()
 
     def projection(shuffled: bool) -> Tensor:
         x_next = mean + std * torch.randn(mean.shape, generator=generator)
         rewards = (c * x_next).flatten(1).sum(1)
-        rewards = rewards[torch.randperm(64, generator=generator)] if shuffled else rewards
-        advantage = (rewards - rewards.mean()) * 64 / 63  # the baseline holds a share of each sample itself
-        batch = Transitions(x, x_next, t, text, advantage, log_probability(x_next, mean, std), mean)
-        before = _flat(parameters).clone()
-        dpok._update(policy, [batch], settings(updates=1), torch.optim.SGD(parameters, lr=1.0), kl_weight=0.0)
-        ascent = _flat(parameters) - before
-        torch.nn.utils.vector_to_parameters(before, parameters)
-        return mean[0].numel() * ascent.detach() @ exact / exact.dot(exact)  # log-probabilities are per dimension
+        rewards = rewards[torch.randperm(N, generator=generator)] if shuffled else rewards
+        advantage = (rewards - rewards.mean()) * N / (N - 1)  # the baseline holds a share of each sample itself
+        batch = Transitions(x, x_next, k, advantage, log_probability(x_next, mean, std), condition)
+        loss, kl, ratio = learner._loss(batch)
+        assert float(kl.detach()) == float(ratio.detach()) == 0.0
+        ascent = -flat(torch.autograd.grad(loss, learner.parameters))
+        return mean[0].numel() * ascent @ exact / exact.dot(exact)  # log-probabilities are per dimension
 
-    for shuffled, expected in ((False, 1.0), (True, 0.0)):
-        values = torch.stack([projection(shuffled) for _ in range(40)])
-        assert abs(values.mean() - expected) < 4.4 * values.std() / 40**0.5
-        assert values.std() / 40**0.5 < 0.15  # so that 0 and 1 are told apart
+    right, wrong = (torch.stack([projection(shuffled) for _ in range(30)]) for shuffled in (False, True))
+    assert not alarms([p_value(right, 1.0), p_value(wrong, 0.0)])
+    assert alarms([p_value(wrong, 1.0)])
+    assert alarms([p_value(right, 0.0)])
 
 
+def test_the_penalty_is_the_kl_of_the_trajectories() -> None:
+    """Without advantages the loss is reward_weight * alpha * KL per dimension and step, the KL `trajectory_kl`'s."""
+    options = settings(alpha=0.3, reward_weight=7.0)
+    trained = stir(policy(options))
+    learner = Learner(trained, Brightness(), PROMPTS, options)
+    rollout = trained.rollout(PROMPTS, generators(3))
+    pool = learner._scored(rollout)
+    loss, kl, _ = learner._loss(pool.transitions(torch.arange(pool.steps * len(pool))))
+    expected = trajectory_kl(trained, rollout).mean()
+    torch.testing.assert_close(kl.detach(), expected, rtol=1e-5, atol=0.0)
+    torch.testing.assert_close(loss.detach(), 7 * 0.3 * expected / (pool.steps * rollout.states[0, 0].numel()))
+    assert float(expected) > 1e-2
+
+
+def test_microbatches_change_no_gradient(tmp_path: Path) -> None:
+    """An update in parts, the last of them smaller, ends at the weights of an update in one piece."""
+    ends = []
+    for part in (16, 6):
+        trained = policy(settings(microbatch=part))
+        train(trained, Brightness(), PROMPTS, settings(microbatch=part, rounds=1), tmp_path / str(part))
+        ends.append(weights(trained))
+    before = weights(policy(settings()))
+    assert (ends[0] - ends[1]).norm() < 1e-2 * (ends[0] - before).norm()
+
+
+@pytest.mark.slow
 def test_it_raises_its_reward(tmp_path: Path) -> None:
-    """The last 20 of 60 rounds reward better than the first 10, at the 1e-5 level (z = 4.3); control: no learning."""
+    """Mean rewards of the last 10 of 24 rounds beat those of the first 10, at the 1e-5 level; control: no learning."""
 
-    def z(learning_rate: float) -> float:
-        options = settings(rounds=60, alpha=1e-6, learning_rate=learning_rate)
-        history = train(tiny.sd(), Brightness(), PROMPTS, options, tmp_path / str(learning_rate))
-        rewards = [record["reward"] for record in history]
-        samples = options.prompts_per_round * options.samples_per_prompt
-        error = history[0]["spread"] * (1 / (20 * samples) + 1 / (10 * samples)) ** 0.5
-        return (sum(rewards[-20:]) / 20 - sum(rewards[:10]) / 10) / error
+    def differences(learning_rate: float) -> Tensor:
+        options = settings(rounds=24, prompts_per_round=3, learning_rate=learning_rate, alpha=1e-6, decay=False)
+        work = tmp_path / str(learning_rate)
+        history = train(policy(options), Brightness(), PROMPTS, options, work)
+        rewards = torch.tensor([record["reward"] for record in history])
+        return rewards[-10:] - rewards[:10]
 
-    assert z(2e-2) > 4.3
-    assert abs(z(1e-9)) < 4.3
+    learned, idle = differences(1e-2), differences(1e-9)
+    assert alarms([p_value(learned, 0.0)])
+    assert float(learned.mean()) > 0
+    assert not alarms([p_value(idle, 0.0)])
 
 
 def test_a_heavy_kl_penalty_holds_it_at_the_base(tmp_path: Path) -> None:
-    """Control: with alpha a million times as large, the KL stays a small share of what it grows to without."""
-    free = train(tiny.sd(), Brightness(), PROMPTS, settings(rounds=8), tmp_path / "free")
-    held = train(tiny.sd(), Brightness(), PROMPTS, settings(rounds=8, alpha=100.0), tmp_path / "held")
+    """With alpha a million times as large, the KL stays a small share of what it grows to (control) without."""
+    free, held = (
+        train(policy(options), Brightness(), PROMPTS, options, tmp_path / str(options.alpha))
+        for options in (settings(rounds=5), settings(rounds=5, alpha=100.0))
+    )
     assert held[-1]["kl"] < 0.2 * free[-1]["kl"]
 
 
-def test_a_killed_run_ends_like_an_uninterrupted_one(tmp_path: Path) -> None:
-    """Interrupted in its third round and started again, it reaches the same weights and history, bit for bit."""
-    whole, first, second = tiny.sd(), tiny.sd(), tiny.sd()
-    expected = train(whole, Brightness(), PROMPTS, settings(), tmp_path / "whole")
-    with pytest.raises(KeyboardInterrupt):
-        train(first, Loud(2), PROMPTS, settings(), tmp_path / "killed")
-    history = train(second, Brightness(), PROMPTS, settings(), tmp_path / "killed")
-    assert history == expected
-    ours, theirs = adapter(second), adapter(whole)
-    assert list(ours) == list(theirs)
-    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
-    assert any(bool(value.any()) for key, value in ours.items() if "lora_B" in key)
+@pytest.mark.parametrize("make", [tiny.sdxl, tiny.v_prediction])
+def test_other_models_train_by_the_same_code(make: Any, tmp_path: Path) -> None:
+    """SDXL under guidance and v-prediction: a round moves the weights and records finite figures."""
+    options = settings(rounds=2, guidance=3.0)
+    trained = policy(options, make)
+    before, seen = weights(trained), []
+    history = train(trained, Brightness(), PROMPTS, options, tmp_path, observe=lambda *it: seen.append(it))
+    assert seen == list(enumerate(history))
+    assert bool(torch.tensor([list(record.values()) for record in history]).isfinite().all())
+    assert history[0]["learning_rate"] == 2 * history[1]["learning_rate"] == options.learning_rate
+    assert (weights(trained) - before).abs().max() > 1e-3
 
 
-def test_the_saved_adapter_is_the_trained_one(tmp_path: Path) -> None:
-    """Loaded by `attach` with all weight on it, the file gives the trained pipeline's images, to half precision."""
-    trained, fresh = tiny.sd(), tiny.sd()
-    train(trained, Brightness(), PROMPTS, settings(rounds=2), tmp_path / "work")
-    save_adapter(trained, tmp_path / "adapter")
-    attach(fresh, {"bright": tmp_path / "adapter"}, Preference({"bright": 1.0}))
-
-    def draw(pipe) -> Tensor:
-        generator = torch.Generator().manual_seed(0)
-        return pipe(PROMPTS[0], generator=generator, num_inference_steps=4, output_type="latent").images
-
-    assert (draw(fresh) - draw(trained)).abs().max() < 2e-2
-    assert (draw(fresh) - draw(tiny.sd())).abs().max() > 5e-2
+def test_a_round_scores_the_guesses_only_where_it_looks_ahead(tmp_path: Path) -> None:
+    """steps + 1 calls of the reward a round with `look_ahead`, one without."""
+    for look_ahead, calls in ((True, 5), (False, 1)):
+        reward, options = Changing(4, lambda _, scores: scores), settings(look_ahead=look_ahead, rounds=1)
+        train(policy(options), reward, PROMPTS, options, tmp_path / str(look_ahead))
+        assert reward.calls == calls
 
 
-@pytest.mark.parametrize("name", ["alpha", "clip", "learning_rate"])
-def test_settings_that_make_no_sense_are_refused(name: str) -> None:
-    """ValueError that names the setting."""
-    with pytest.raises(ValueError, match=name):
-        Dpok(**{name: 0.0})
-    with pytest.raises(ValueError, match="rounds"):
-        Dpok(rounds=0)
-    with pytest.raises(ValueError, match="baseline"):
-        Dpok(samples_per_prompt=1)
-    for options in ({"transitions": 0.0}, {"transitions": 1.5}, {"microbatch": 0}):
-        with pytest.raises(ValueError, match="transitions"):
-            Dpok(**options)
+POSITIVE = ("batch", "microbatch", "rank", "steps", "rounds", "prompts_per_round", "checkpoint_every")
 
 
-def test_a_reward_that_tells_no_images_apart_is_refused(tmp_path: Path) -> None:
-    """Equal scores in the first round leave no scale for the objective: ValueError that names the reward."""
+@pytest.mark.parametrize(
+    ("option", "reason"),
+    [
+        *(({name: 0}, f"{name} must be positive, received 0") for name in POSITIVE),
+        *(({name: -1.0}, f"{name} must be positive, received -1.0") for name in ("alpha", "clip", "learning_rate")),
+        ({"alpha": float("nan")}, "alpha must be positive, received nan"),
+        ({"guidance": -1.0}, "guidance must not be negative, received -1.0"),
+        ({"trace": 1.5}, r"trace must lie in \[0, 1\], received 1.5"),
+        ({"trace": -0.5}, r"trace must lie in \[0, 1\], received -0.5"),
+        ({"precision": "fp8"}, "precision must be no, bf16 or fp16, received 'fp8'"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(option: dict[str, Any], reason: str) -> None:
+    """ValueError that names the setting and what was received."""
+    with pytest.raises(ValueError, match=reason):
+        Dpok(**option)
 
-    class Flat(Brightness):
-        def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-            return torch.ones(len(images))
 
-    with pytest.raises(ValueError, match="brightness gave the images"):
-        train(tiny.sd(), Flat(), PROMPTS, settings(), tmp_path)
+def test_the_papers_settings_are_the_papers() -> None:
+    """The KL weight 0.1 at reward weight 1000, rank 4, 50 steps, 5 updates of 2 x 12, about 96,000 samples."""
+    paper = PRESETS["paper"]
+    assert paper.alpha * paper.reward_weight == pytest.approx(0.1)
+    assert paper.rounds * paper.images == 96_000
+    assert (paper.rank, paper.steps, paper.updates, paper.batch, paper.microbatch) == (4, 50, 5, 2 * 12, 2)
+    assert (paper.clip, paper.learning_rate, paper.precision) == (1e-4, 1e-5, "fp16")
+
+
+def test_what_cannot_be_trained_is_refused(tmp_path: Path) -> None:
+    """No prompts; a reward that tells no images apart: ValueError that says so and names the reward."""
+    options = settings()
+    with pytest.raises(ValueError, match="training needs prompts, received none"):
+        train(policy(options), Brightness(), [], options, tmp_path)
+    with pytest.raises(ValueError, match="brightness gave the images of the first round one score"):
+        train(policy(options), Changing(4, lambda _, s: torch.ones_like(s)), PROMPTS, options, tmp_path)
+    assert list(tmp_path.iterdir()) == []
