@@ -5,12 +5,13 @@ from dataclasses import dataclass, replace
 
 from scale.train.settings import MINI, Dpok
 
-REWARDS = ("alignment", "colorfulness", "symmetry", "jpeg")
+# symmetry, in [-1, 1], is brought to alignment's [-2, 2], as the paper brings VILA's
+SCALES = {"alignment": 1.0, "colorfulness": 1.0, "symmetry": 2.0, "jpeg": 1.0}
 
 
 @dataclass(frozen=True)
 class Expert:
-    """One member: its preference over `REWARDS`, and the KL scale lambda, which divides alpha."""
+    """One member: its preference over the scaled rewards, and the KL scale lambda, which divides alpha."""
 
     weights: Mapping[str, float]
     kl_scale: float = 1.0
@@ -18,7 +19,7 @@ class Expert:
     @property
     def reward(self) -> str:
         """The expression that it is trained on."""
-        return " + ".join(f"{w:.12g}*{name}" for name, w in self.weights.items())
+        return " + ".join(f"{w * SCALES[name]:.12g}*{name}" for name, w in self.weights.items())
 
     def settings(self, common: Dpok = MINI) -> Dpok:
         """Everything but alpha is common to the family: seeds, prompts and budget, so that comparisons are fair."""
@@ -38,7 +39,7 @@ def _scaled(name: str, percent: int) -> dict[str, Expert]:
     return {f"{name}-lambda{percent}": Expert({name: 1.0}, percent / 100)}
 
 
-SINGLE = {name: Expert({name: 1.0}) for name in REWARDS}
+SINGLE = {name: Expert({name: 1.0}) for name in SCALES}
 FAMILY: dict[str, Expert] = {
     **SINGLE,
     # MORL, the retrained answer to a preference; its middle is also what interpolation needs
@@ -47,6 +48,6 @@ FAMILY: dict[str, Expert] = {
     **{k: v for percent in (20, 50, 80) for k, v in _mixed("colorfulness", "jpeg", percent).items()},
     **{k: v for percent in (20, 70, 200) for k, v in _scaled("alignment", percent).items()},
     **_uniform("alignment", "colorfulness", "jpeg"),
-    **_uniform(*REWARDS),
+    **_uniform(*SCALES),
 }
 """By name, percent in the names: `alignment20-colorfulness80` has w = 0.2, `alignment-lambda50` lambda = 0.5."""

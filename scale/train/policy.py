@@ -31,7 +31,6 @@ class Rollout:
 
 
 @runtime_checkable
-@runtime_checkable
 class Policy(Protocol):
     """Steps `k = 0 .. steps - 1`, from noise to data, each `N(mean, std^2 I)` with a mean that can be learned."""
 
@@ -66,7 +65,6 @@ class Policy(Protocol):
         ...
 
 
-@runtime_checkable
 @runtime_checkable
 class Reward(Protocol):
     """What a trainer asks of a reward: every `scale.rewards.Scorer` is one."""

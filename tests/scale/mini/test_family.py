@@ -4,8 +4,8 @@ from dataclasses import replace
 
 import pytest
 
-from scale.mini.family import FAMILY, REWARDS, SINGLE
-from scale.rewards import SCORERS
+from scale.mini.family import FAMILY, SCALES, SINGLE
+from scale.rewards import SCORERS, load_scorer
 from scale.rewards.expression import parse_reward
 from scale.rewards.protocol import Mix
 from scale.train.settings import MINI
@@ -13,7 +13,7 @@ from scale.train.settings import MINI
 
 def test_every_reward_of_the_world_has_an_expert() -> None:
     """The single-reward experts are those of all rewards that ship."""
-    assert set(SINGLE) == set(REWARDS) == set(SCORERS)
+    assert set(SINGLE) == set(SCALES) == set(SCORERS)
 
 
 @pytest.mark.parametrize("name", FAMILY)
@@ -31,10 +31,12 @@ def test_weights_are_a_preference(name: str) -> None:
 
 @pytest.mark.parametrize("name", FAMILY)
 def test_the_expression_is_the_weighted_sum(name: str) -> None:
-    """Parsed, it has each reward with its weight."""
+    """Parsed, it has each reward with its weight times its scale; symmetry then spans what alignment does."""
     reward = parse_reward(FAMILY[name].reward)
     terms = reward.terms if isinstance(reward, Mix) else ((1.0, reward),)
-    assert {scorer.name: weight for weight, scorer in terms} == pytest.approx(dict(FAMILY[name].weights))
+    expected = {reward: weight * SCALES[reward] for reward, weight in FAMILY[name].weights.items()}
+    assert {scorer.name: weight for weight, scorer in terms} == pytest.approx(expected)
+    assert (SCALES["symmetry"] * load_scorer("symmetry")).range == load_scorer("alignment").range
 
 
 @pytest.mark.parametrize("name", FAMILY)
