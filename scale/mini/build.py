@@ -119,9 +119,6 @@ def build_adapters(options: Build) -> None:
             done.result()
 
 
-NOT_CLAIMED = ("work", "out", "experts", "processes")
-
-
 def _claim(options: Build) -> None:
     """Checkpoints carry no options of their own: a work folder belongs to the options that it was begun with."""
     chosen = {

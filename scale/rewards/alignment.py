@@ -6,9 +6,9 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_model
 from torch import Tensor, nn
 
+from scale.adapters.read import first_line, read
 from scale.mini import JUDGE, world
 from scale.rewards.protocol import Images, Scorer, Scores
 
@@ -65,7 +65,10 @@ class Alignment(Scorer):
         if not path.is_file():
             raise ValueError(f"no judge at {path}; run `python -m scale.mini.build` to make one")
         self.judge = Judge()
-        load_model(self.judge, path)
+        try:
+            self.judge.load_state_dict(read(path).tensors)
+        except RuntimeError as error:
+            raise ValueError(f"{path} holds no judge of the small world: {first_line(error)}") from error
         self.judge.eval().requires_grad_(False)
 
     def knows(self, prompt: str) -> bool:

@@ -28,6 +28,7 @@ def main(model):
 def load(model):
     """The model, as a function of an encoded image -> its score in [0, 1]."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    os.environ.setdefault("TF_FORCE_GPU_ALLOW_GROWTH", "true")  # else it takes the GPU's whole memory
     import tensorflow as tf  # pyright: ignore[reportMissingImports, reportMissingModuleSource]
     import tensorflow_hub as hub  # pyright: ignore[reportMissingImports]
 

@@ -54,7 +54,7 @@ class Trajectories:
 
     def followed_by(self, newer: "Trajectories", capacity: int) -> "Trajectories":
         """These and newer ones, the newest `capacity` of them."""
-        return Trajectories.joined((self, newer)).mapped(lambda value: value[-capacity:])
+        return Trajectories.joined((self, newer)).mapped(lambda value: value[-capacity:].clone())
 
     def mapped(self, change: Callable[[Tensor], Tensor]) -> "Trajectories":
         """Every tensor changed; `change` sees a trajectory a row."""

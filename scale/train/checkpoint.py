@@ -18,7 +18,10 @@ LAST, BEST = "checkpoint.pt", "best.pt"
 
 
 def save(learner: "Learner", history: list[dict[str, float]], seconds: float, work: Path) -> None:
-    """Write `checkpoint.pt`, and `best.pt` too where the last rounds' mean reward is the best so far."""
+    """Write `checkpoint.pt`, and `best.pt` too where the last rounds' mean reward is the best so far.
+
+    `best.pt` has the adapter that drew the last round's images, not what the updates then made of it.
+    """
     buffer = learner.buffer
     state = {
         "settings": plain(learner.settings),
@@ -35,7 +38,7 @@ def save(learner: "Learner", history: list[dict[str, float]], seconds: float, wo
     ends = [*range(every, len(history), every), len(history)]  # the rounds that were saved
     means = [sum(r["reward"] for r in history[max(0, i - WINDOW) : i]) / min(i, WINDOW) for i in ends]
     if means[-1] == max(means):
-        write_atomically(work / BEST, lambda path: torch.save({"adapter": state["adapter"], "history": history}, path))
+        write_atomically(work / BEST, lambda path: torch.save({"adapter": learner.drew, "history": history}, path))
     # last: a run that was killed in between does this round again, and so writes the best again too
     write_atomically(work / LAST, lambda path: torch.save(state, path))
 
@@ -49,14 +52,16 @@ def resume(learner: "Learner", work: Path) -> tuple[list[dict[str, float]], floa
     path = work / LAST
     if not path.exists():
         return [], 0.0
-    state = torch.load(path, weights_only=True, map_location=learner.policy.device)
+    state = torch.load(path, weights_only=True, map_location="cpu")  # the optimizer keeps its step counters there
     if state["settings"] != plain(learner.settings):
         changed = [name for name, value in plain(learner.settings).items() if state["settings"].get(name) != value]
         raise ValueError(f"{path} is of a run with another {', '.join(changed)}; choose another folder, or delete it")
     put(learner.policy.trainable(), state["adapter"])
     for name in ("optimizer", "scaler", "value", "value_optimizer"):
         getattr(learner, name).load_state_dict(state[name])
-    learner.buffer = None if state["buffer"] is None else Trajectories(**state["buffer"])
+    if state["buffer"] is not None:
+        device = learner.policy.device
+        learner.buffer = Trajectories(**state["buffer"]).mapped(lambda value: value.to(device))
     return state["history"], state["seconds"]
 
 
@@ -68,9 +73,9 @@ def put(parameters: Mapping[str, torch.Tensor], stored: Mapping[str, torch.Tenso
 
 
 def last_good(work: Path) -> str:
-    """Where the weights of a stopped run are."""
-    kept = [str(work / name) for name in (LAST, BEST) if (work / name).exists()]
-    return f"the last good weights are in {' and '.join(kept)}" if kept else "before the first checkpoint"
+    """Where the weights of a stopped run are: `checkpoint.pt` may already hold what made it stop."""
+    path = work / BEST
+    return f"the last good weights are in {path}" if path.exists() else "before the first checkpoint"
 
 
 def plain(settings: Any) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from scale.train.policy import Condition, Rollout, log_probability
 ADAPTER = "expert"
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 CONVOLUTIONS = ("conv1", "conv2")
+DECODED = 2**21  # pixels at a time: 8 images of 512 x 512; more would need tens of gigabytes
 Latents = Float[Tensor, "n channels height width"]
 
 
@@ -40,6 +41,8 @@ class DenoiserPolicy:
         self.pipe: Any = pipe
         self.pipe.vae.to(memory_format=torch.channels_last)  # decodes in half the time on a CPU
         self.guidance, self.autocast, self.size = guidance, autocast, size
+        if size is not None and size % self._pixels():
+            raise ValueError(f"size must be a multiple of {self._pixels()} pixels, received {size}")
         self.scheduler = _ddim(self.pipe.scheduler, steps)
         self.timesteps: Tensor = self.scheduler.timesteps.to(self.device)
         cumulative = self.scheduler.alphas_cumprod.to(self.device, torch.float32)
@@ -164,8 +167,10 @@ class DenoiserPolicy:
     def decode(self, data: Latents) -> Float[Tensor, "n 3 h w"]:
         """Latents as images in [0, 1]."""
         vae = self.pipe.vae
-        decoded = vae.decode(data.to(vae.dtype) / vae.config.scaling_factor, return_dict=False)[0]
-        return (decoded.float() / 2 + 0.5).clamp(0, 1)
+        at_once = max(1, DECODED // (data[0, 0].numel() * self._pixels() ** 2)) if len(data) else 1
+        latents = (data.to(vae.dtype) / vae.config.scaling_factor).split(at_once)
+        decoded = torch.cat([vae.decode(part, return_dict=False)[0].float() for part in latents])
+        return (decoded / 2 + 0.5).clamp(0, 1)
 
 
 def _ddim(scheduler: Any, steps: int) -> DDIMScheduler:

@@ -4,6 +4,8 @@ from collections.abc import Mapping, Sequence
 from math import isfinite
 
 import torch
+from accelerate.utils import gather
+from torch import Tensor
 
 from scale.train.settings import Dpok
 
@@ -24,6 +26,13 @@ def check_update(record: Mapping[str, float], scaler: torch.amp.GradScaler, sett
         raise Diverged(
             f"the probability ratio left 1 +- {settings.max_ratio:g} by {record['ratio']:g}; lower the learning rate"
         )
+
+
+def check_states(states: Sequence[Tensor]) -> None:
+    """Diverged, on every process, if the states of any process's trajectories are not finite."""
+    finite = torch.tensor([all(bool(part.isfinite().all()) for part in states)], device=states[0].device)
+    if not bool(torch.as_tensor(gather(finite)).all()):
+        raise Diverged("the policy's samples are not finite")
 
 
 def check_history(history: Sequence[Mapping[str, float]], settings: Dpok) -> None:

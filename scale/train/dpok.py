@@ -14,13 +14,13 @@ from time import monotonic
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import gather, reduce
+from accelerate.utils import broadcast, gather, reduce
 from torch import Tensor
 
 from scale.train import checkpoint
 from scale.train.advantage import centred, generalized_advantages
 from scale.train.buffer import Trajectories, Transitions
-from scale.train.divergence import Diverged, check_history, check_update
+from scale.train.divergence import Diverged, check_history, check_states, check_update
 from scale.train.policy import Policy, Reward, Rollout, kl_divergence, log_probability, step_kls
 from scale.train.settings import Dpok
 from scale.train.value import Value, fit_value
@@ -79,6 +79,8 @@ class Learner:
         self.optimizer = torch.optim.AdamW(self.parameters, lr=rate, weight_decay=decay)
         self.scaler = torch.amp.GradScaler(policy.device.type, enabled=settings.precision == "fp16")  # pyright: ignore
         self.buffer: Trajectories | None = None
+        self.drew: dict[str, Tensor] = {}
+        """The adapter that drew the newest images."""
         self.value, self.value_optimizer = self._value()
 
     def _value(self) -> tuple[Value, torch.optim.Optimizer]:
@@ -93,6 +95,7 @@ class Learner:
     def round(self, index: int) -> Record:
         """Sample, score, update the policy, then the value function, which so never saw what it judged."""
         settings = self.settings
+        self.drew = {name: p.detach().clone() for name, p in self.policy.trainable().items()}
         new = self._sample(index)
         if not bool(new.returns.std() > 0) and index == 0:
             raise ValueError(f"{self.reward.name} gave the images of the first round one score: nothing to learn")
@@ -105,6 +108,9 @@ class Learner:
             self.value, self.value_optimizer, self.buffer.value_data(), settings.value_updates, settings.value_batch,
             generator_of(settings.seed, index, 2),
         )  # fmt: skip
+        if PartialState().num_processes > 1:  # kernels need not be deterministic: one function for all
+            for parameter in self.value.parameters():
+                broadcast(parameter.data)
         return record | {"learning_rate": self.optimizer.param_groups[0]["lr"]}
 
     def _sample(self, index: int) -> Trajectories:
@@ -114,12 +120,13 @@ class Learner:
         texts = [prompt for prompt in chosen for _ in range(settings.samples_per_prompt)]
         share = len(texts) // state.num_processes
         mine = range(state.process_index * share, (state.process_index + 1) * share)
-        parts = []
+        rollouts = []
         for start in range(0, share, settings.rollout_batch):
             rows = mine[start : start + settings.rollout_batch]
             generators = [generator_of(settings.seed, index, 3 + i) for i in rows]
-            parts.append(self._scored(self.policy.rollout([texts[i] for i in rows], generators)))
-        whole = Trajectories.joined(parts)
+            rollouts.append(self.policy.rollout([texts[i] for i in rows], generators))
+        check_states([rollout.states for rollout in rollouts])
+        whole = Trajectories.joined([self._scored(rollout) for rollout in rollouts])
         if state.num_processes > 1:
             whole = whole.mapped(lambda value: gather(value.contiguous()))  # pyright: ignore[reportArgumentType]
         values = self._values(whole)

@@ -137,6 +137,10 @@ def read_config(config: str) -> Experiment:
     prompts = table.pop("prompts", None) or []
     if not isinstance(settings, dict) or not isinstance(prompts, list):
         raise ValueError(f"in the config {path} settings must be a table of names and values, and prompts a list")
+    if odd := [prompt for prompt in prompts if not isinstance(prompt, str) or not prompt.strip()]:
+        raise ValueError(
+            f"the config {path} has the prompt {odd[0]!r:.50}, which YAML reads as no text; put it in quotes"
+        )
     if "lambda" in table:
         table["kl_scale"] = parse_setting("lambda", table.pop("lambda"), float)
     kinds = get_type_hints(Experiment)
@@ -144,7 +148,7 @@ def read_config(config: str) -> Experiment:
         known = sorted({*kinds, "lambda"} - {"kl_scale"})
         raise ValueError(f"the config {path} has an unknown {unknown[0]!r:.50}; the keys are {', '.join(known)}")
     values = {name: parse_setting(name, value, kinds[name]) for name, value in table.items()}
-    return Experiment(**values, prompts=tuple(map(_text, prompts)), settings=settings)
+    return Experiment(**values, prompts=tuple(prompts), settings=settings)
 
 
 def _table(path: Path) -> dict[str, Any]:

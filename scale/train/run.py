@@ -19,7 +19,7 @@ from scale.adapters import FILE_NAMES
 from scale.record import denoiser_hashes
 from scale.train import checkpoint
 from scale.train.denoiser import ADAPTER, DenoiserPolicy
-from scale.train.divergence import WINDOW
+from scale.train.divergence import WINDOW, Diverged
 from scale.train.experiment import algorithm_of, trainer_of
 from scale.train.observe import Observer
 from scale.train.policy import Reward
@@ -48,6 +48,7 @@ def fine_tune(
         Diverged: the run was stopped; `out` is as it was.
     """
     who = identity(reward_text or reward.name, prompts, settings, model, reward_models)
+    who |= {"denoiser": denoiser_hashes(pipe)}
     check_folders(who, work, out)
     if samples is not None and algorithm_of(settings) != "tilted":
         raise ValueError(f"samples belong to the algorithm tilted, received {samples} for {algorithm_of(settings)}")
@@ -59,12 +60,14 @@ def fine_tune(
     try:
         with Observer(policy, prompts, work, settings.rounds, sheet_every, settings.rollout_batch) as observe:
             history = trainer_of(settings)(policy, reward, prompts, settings, work, observe=observe, **options)
+    except Diverged as error:
+        raise Diverged(f"{error}{_keep_best(policy, pipe, work)}") from error
     except torch.OutOfMemoryError as error:
         raise ValueError(
             "the GPU has too little memory; use a smaller microbatch or rollout_batch, gradient_checkpointing, or bf16"
         ) from error
     made = who | _results(history, settings, len(prompts), work)
-    made |= {"version": _version(), "denoiser": denoiser_hashes(pipe)}
+    made |= {"version": _version()}
     made |= {"history": [{name: _finite(value) for name, value in record.items()} for record in history]}
     if PartialState().is_main_process:
         save_adapter(pipe, out)
@@ -99,7 +102,7 @@ def identity(
     """What tells one run from another, without a path of this machine."""
     return {
         "reward": reward,
-        "reward_models": {name: _shown(place) for name, place in (reward_models or {}).items()},
+        "reward_models": {name: _placed(place) for name, place in (reward_models or {}).items()},
         "model": SMALL_WORLD if model is None else _shown(model),
         "algorithm": algorithm_of(settings),
         "alpha": settings.alpha,
@@ -114,9 +117,12 @@ def check_folders(who: Card, work: Path, out: Path) -> None:
     for folder in (work, out):
         if folder.exists() and not folder.is_dir():
             raise ValueError(f"{folder} is a file; choose another folder")
-    if (work / checkpoint.LAST).exists() and (other := _difference(who, work / CLAIM)):
+    begun = (work / CLAIM).exists() or (work / checkpoint.LAST).exists()
+    if begun and (other := _difference(who, work / CLAIM)):
         raise ValueError(f"{work} holds a run with {other}; choose another folder, or delete it")
-    if any((out / name).exists() for name in FILE_NAMES) and (other := _difference(who, out / CARD)):
+    # a run that was killed between the adapter and its card left the adapter alone
+    ended = (out / CARD).exists() or not begun
+    if ended and any((out / name).exists() for name in FILE_NAMES) and (other := _difference(who, out / CARD)):
         raise ValueError(f"{out} holds an adapter with {other}; choose another folder, or move it away")
 
 
@@ -129,6 +135,17 @@ def _difference(who: Card, path: Path) -> str:
         return f"no readable {path.name}"
     changed = [name for name in who if theirs[name] != who[name]]
     return f"another {', '.join(changed)}" if changed else ""
+
+
+def _keep_best(policy: DenoiserPolicy, pipe: Any, work: Path) -> str:
+    """Write the best weights of a run that diverged as an adapter of its own; what to say of it."""
+    path = work / checkpoint.BEST
+    if not path.exists():
+        return ""
+    if PartialState().is_main_process:
+        checkpoint.put(policy.trainable(), torch.load(path, weights_only=True, map_location="cpu")["adapter"])
+        save_adapter(pipe, work / "best")
+    return f", and as an adapter in {work / 'best'}"
 
 
 def save_adapter(pipe: Any, out: Path) -> None:
@@ -170,6 +187,13 @@ def _finite(value: float) -> float | None:
 def _shown(place: str | Path) -> str:
     """A hub id as it is, a folder by its name."""
     return Path(place).resolve().name if Path(place).exists() else str(place)
+
+
+def _placed(place: str | Path) -> str:
+    """The same with a digest of where the folder is, so that two of one name stay two."""
+    if not Path(place).exists():
+        return str(place)
+    return f"{_shown(place)} ({hashlib.sha256(str(Path(place).resolve()).encode()).hexdigest()[:8]})"
 
 
 def _version() -> str:

@@ -81,6 +81,9 @@ class Dpok:
         for name in _NOT_NEGATIVE:
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must not be negative, received {getattr(self, name)}")
+        if self.images < 2:
+            raise ValueError("a round needs two images at least: one has nothing to be compared with")
+        check_numbers(self.learning_rate, self.size)
         if not 0 <= self.trace <= 1:
             raise ValueError(f"trace must lie in [0, 1], received {self.trace}")
         if self.precision not in ("no", "bf16", "fp16"):
@@ -95,6 +98,14 @@ class Dpok:
     def trajectories(self) -> int:
         """Trajectories that the buffer holds: at least a round's."""
         return max(self.images, self.buffer // self.steps)
+
+
+def check_numbers(learning_rate: float, size: int | None) -> None:
+    """ValueError for a learning rate that no optimizer takes, or a size that no image has."""
+    if not learning_rate <= 1e6:
+        raise ValueError(f"learning_rate must be at most 1e6, received {learning_rate}")
+    if size is not None and not size > 0:
+        raise ValueError(f"size must be positive, received {size}")
 
 
 _POSITIVE = (

@@ -109,7 +109,11 @@ def train(
     history, seconds = _resume(student, work)
     start = monotonic() - seconds
     for index in range(len(history), settings.rounds):
-        record = student.round(index) | facts
+        try:
+            record = student.round(index) | facts
+        except Diverged as error:
+            kept = f"the last good weights are in {work / LAST}" if (work / LAST).exists() else "before any checkpoint"
+            raise Diverged(f"{error}; stopped in round {index + 1}, {kept}") from error
         history.append(record)
         last = index + 1 == settings.rounds
         if PartialState().is_main_process and (last or (index + 1) % settings.checkpoint_every == 0):
@@ -131,9 +135,9 @@ def summary(rewards: Float[Tensor, " n"], settings: Tilted, name: str) -> Record
         raise ValueError(f"{name} gave the images of every prompt one score: nothing to learn")
     weights = tilted_weights(rewards, group, settings.alpha)
     sizes = effective_sizes(weights, group)
-    if sizes.mean() < FEWEST:
+    if not sizes.mean() >= FEWEST:  # NaN too, where alpha is next to nothing
         enough = settings.alpha
-        while effective_sizes(tilted_weights(rewards, group, enough), group).mean() < FEWEST:
+        while not effective_sizes(tilted_weights(rewards, group, enough), group).mean() >= FEWEST:
             enough *= 1.1
         raise ValueError(
             f"{sizes.mean():.2f} of {group} samples a prompt are effective: alpha {settings.alpha:g} is small beside "
@@ -194,14 +198,15 @@ class Student:
         alpha = policy.alphas[k].view(-1, *[1] * (noise.ndim - 1))
         x = alpha.sqrt() * samples + (1 - alpha).sqrt() * noise
         condition = rows_of(self.condition, prompt.to(device))
-        eps = policy.noise(x, k, condition)
-        loss = weighted_loss(eps, noise, self.weights[rows].to(device))
+        weights = self.weights[rows].to(device)
         if not self.settings.look_ahead:
-            return loss
+            return weighted_loss(policy.noise(x, k, condition), noise, weights)
+        # before the student's prediction, whose graph would lie in memory meanwhile
         with torch.no_grad(), policy.base():
             base = policy.noise(x, k, condition)
         promise = self._promise((x - (1 - alpha).sqrt() * base) / alpha.sqrt(), prompt)
-        return loss + control_variate(eps, base, noise, promise)
+        eps = policy.noise(x, k, condition)
+        return weighted_loss(eps, noise, weights) + control_variate(eps, base, noise, promise)
 
     @torch.no_grad()
     def _promise(self, guess: Tensor, prompt: Tensor) -> Tensor:
@@ -212,10 +217,10 @@ class Student:
 
     def _step(self, loss: float) -> float:
         """Average the processes' gradients, clip, update; the norm before clipping."""
-        self.scaler.unscale_(self.optimizer)
         if PartialState().num_processes > 1:
             for parameter in self.parameters:
                 parameter.grad = reduce(parameter.grad, "mean")  # pyright: ignore[reportAttributeAccessIssue]
+        self.scaler.unscale_(self.optimizer)  # after the mean, or an overflow on one process would be seen by that one
         norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, self.settings.max_grad_norm))
         # under fp16 an overflow now and then is the scaler's business, unless it has nowhere left to go
         if not isfinite(loss) or not (isfinite(norm) or (self.scaler.is_enabled() and self.scaler.get_scale() > 1)):
@@ -243,7 +248,7 @@ def _resume(student: Student, work: Path) -> tuple[list[Record], float]:
     path = work / LAST
     if not path.exists():
         return [], 0.0
-    state = torch.load(path, weights_only=True, map_location=student.policy.device)
+    state = torch.load(path, weights_only=True, map_location="cpu")  # the optimizer keeps its step counters there
     if state["settings"] != plain(student.settings):
         changed = [name for name, value in plain(student.settings).items() if state["settings"].get(name) != value]
         raise ValueError(f"{path} is of a run with another {', '.join(changed)}; choose another folder, or delete it")

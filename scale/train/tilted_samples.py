@@ -1,5 +1,6 @@
 """The base model's own samples and their rewards, on disk in parts: made once, shared, and resumed after a kill."""
 
+import hashlib
 import json
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -77,7 +78,10 @@ def scores(
         images = policy.decode(samples[rows.start : rows.stop].to(policy.device))
         return reward.score(images, [texts[row] for row in rows]).float()
 
-    _claim(folder, {"reward": reward.name, "checksum": float(samples.double().square().sum())})
+    _claim(
+        folder,
+        {"reward": reward.name, "sha256": hashlib.sha256(samples.cpu().contiguous().numpy().tobytes()).hexdigest()},
+    )
     values = _in_parts(folder, len(texts), settings.rollout_batch, make)
     if not bool(values.isfinite().all()):
         raise ValueError(

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from scale.train.denoiser import ATTENTION, CONVOLUTIONS
+from scale.train.settings import check_numbers
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,7 @@ class Tilted:
         for name in ("guidance", "weight_decay"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must not be negative, received {getattr(self, name)}")
+        check_numbers(self.learning_rate, self.size)
         if self.samples_per_prompt < 2:
             raise ValueError("samples_per_prompt must be at least 2: a single sample of a prompt has always weight 1")
         if self.precision not in ("no", "bf16", "fp16"):

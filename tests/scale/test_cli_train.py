@@ -49,6 +49,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "long": "# " + "x" * 30_000,
         "half": "reward: colorfulness\nlambda: 0",
         "typed": "reward: colorfulness\nsettings: {rounds: [1, 2]}",
+        "words": "reward: colorfulness\nprompts: [a cat, yes]",
         "asks": "reward: colorfulness\nmodel: owner/name\nneeds: the captions of my cats",
     }
     for name, text in configs.items():
@@ -161,6 +162,7 @@ REFUSED = {
     "config nested": (f"--config @nested.yaml {ON}", "more than 20 levels"),
     "config long": (f"--config @long.yaml {ON}", "more than 20000 bytes"),
     "config's lambda": (f"--config @half.yaml {ON}", "lambda must be positive and finite"),
+    "config's prompt": ("--config @words.yaml", "the prompt True, which YAML reads as no text; put it in quotes"),
     "config's type": (f"--config @typed.yaml {ON}", "rounds must be a whole number"),
     "no prompts": ("--reward jpeg --model @model", "no prompts to train on; give --prompt-file FILE"),
     "the config's prompts": ("--config @asks.yaml", "give --prompt-file FILE: the captions of my cats"),

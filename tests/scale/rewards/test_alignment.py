@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save
 from torch import Tensor
 
 from scale.mini import world
@@ -72,6 +73,14 @@ def test_alignment_takes_other_sizes(alignment: Alignment) -> None:
 def test_alignment_without_a_judge(tmp_path: Path) -> None:
     """No judge is a ValueError that says how to make one."""
     with pytest.raises(ValueError, match=r"scale\.mini\.build"):
+        Alignment(tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"no tensors", save({"weight": torch.zeros(2)})], ids=["garbage", "others"])
+def test_alignment_with_another_s_file(tmp_path: Path, content: bytes) -> None:
+    """A file that is no judge is a ValueError that names it."""
+    (tmp_path / "judge.safetensors").write_bytes(content)
+    with pytest.raises(ValueError, match=r"judge\.safetensors"):
         Alignment(tmp_path)
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from scale.train.buffer import Transitions
 from scale.train.dpok import Learner, train
-from scale.train.policy import log_probability, trajectory_kl
+from scale.train.policy import log_probability, step_kls
 from scale.train.settings import PRESETS, Dpok
 from tests.chance import alarms
 from tests.scale import tiny
@@ -60,14 +60,14 @@ def test_the_update_follows_the_gradient_of_the_expected_reward() -> None:
 
 
 def test_the_penalty_is_the_kl_of_the_trajectories() -> None:
-    """Without advantages the loss is reward_weight * alpha * KL per dimension and step, the KL `trajectory_kl`'s."""
+    """Without advantages the loss is reward_weight * alpha * KL per dimension and step, the KL `step_kls`'."""
     options = settings(alpha=0.3, reward_weight=7.0)
     trained = stir(policy(options))
     learner = Learner(trained, Brightness(), PROMPTS, options)
     rollout = trained.rollout(PROMPTS, generators(3))
     pool = learner._scored(rollout)
     loss, kl, _ = learner._loss(pool.transitions(torch.arange(pool.steps * len(pool))))
-    expected = trajectory_kl(trained, rollout).mean()
+    expected = step_kls(trained, rollout).sum(0).mean()
     torch.testing.assert_close(kl.detach(), expected, rtol=1e-5, atol=0.0)
     torch.testing.assert_close(loss.detach(), 7 * 0.3 * expected / (pool.steps * rollout.states[0, 0].numel()))
     assert float(expected) > 1e-2

@@ -84,11 +84,11 @@ def test_log_probability_and_kl_are_torchs() -> None:
     assert float(expected.min()) > 1e-4
 
 
-def test_the_kl_of_a_trajectory_sums_torchs_over_steps_and_dimensions() -> None:
-    """In nats; without an adapter's effect it is zero."""
+def test_the_kl_of_each_step_sums_torchs_over_dimensions() -> None:
+    """In nats, at the states that the rollout went through; without an adapter's effect it is zero."""
     policy = _policy()
     rollout = policy.rollout(PROMPTS, generators(3))
-    total = torch.zeros(3)
+    expected = []
     for step, x in enumerate(rollout.states[:-1]):
         at = {"x": x, "k": torch.full((3,), step), "condition": rollout.condition}
         with torch.no_grad():
@@ -96,9 +96,9 @@ def test_the_kl_of_a_trajectory_sums_torchs_over_steps_and_dimensions() -> None:
             with policy.base():
                 base, _ = policy.moments(**at)
         std = std.expand_as(mean)
-        total += kl_divergence(Normal(mean, std), Normal(base, std)).flatten(1).sum(1)
-    torch.testing.assert_close(policies.trajectory_kl(policy, rollout), total, rtol=1e-5, atol=0.0)
-    assert float(policies.trajectory_kl(stir(policy, scale=0.0), rollout).max()) == 0.0
+        expected.append(kl_divergence(Normal(mean, std), Normal(base, std)).flatten(1).sum(1))
+    torch.testing.assert_close(policies.step_kls(policy, rollout), torch.stack(expected), rtol=1e-5, atol=0.0)
+    assert float(policies.step_kls(stir(policy, scale=0.0), rollout).max()) == 0.0
 
 
 @torch.no_grad()

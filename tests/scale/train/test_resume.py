@@ -49,7 +49,7 @@ def _stored(work: Path, name: str = checkpoint.LAST) -> dict[str, Any]:
     [
         {},
         {"checkpoint_every": 2, "trace": 1.0, "look_ahead": False},
-        {"replay": True, "buffer": 48},  # a round and a half
+        {"replay": True, "buffer": 48, "later_kl": True},  # a round and a half
     ],
     ids=["every round", "every other round", "replay"],
 )

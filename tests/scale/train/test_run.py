@@ -1,6 +1,7 @@
 """A run around the trainer: its files, its record, its observers, and the folders that it refuses."""
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -68,7 +69,8 @@ def test_a_model_is_recorded_without_its_path(tmp_path: Path) -> None:
     """A folder by its name, a hub id as it is, a reward's model likewise."""
     (tmp_path / "pick").mkdir()
     who = identity("pickscore", PROMPTS, SETTINGS, tmp_path / "pick", {"pickscore": tmp_path / "pick"})
-    assert (who["model"], who["reward_models"]) == ("pick", {"pickscore": "pick"})
+    assert who["model"] == "pick"
+    assert re.fullmatch(r"pick \([0-9a-f]{8}\)", who["reward_models"]["pickscore"])
     assert identity("jpeg", PROMPTS, SETTINGS, "owner/name")["model"] == "owner/name"
 
 
@@ -165,6 +167,63 @@ def test_a_diverged_run_writes_no_adapter(tmp_path: Path) -> None:
     with pytest.raises(Diverged, match="stopped in round"):
         run(tmp_path, replace(SETTINGS, learning_rate=1e3, max_ratio=1e-3))
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("learning_rate", [1e3, 1e6])
+def test_what_is_left_of_a_diverged_run_is_good(tmp_path: Path, learning_rate: float) -> None:
+    """Weights that one update a round blew up are never what `best` holds: that drew images, and is a plain adapter.
+
+    Born of a review: the ratio is 1 before the first update, so that a round's only update went unseen, and the
+    checkpoint after it was called good.
+    """
+    settings = replace(SETTINGS, rounds=6, updates=1, batch=24, learning_rate=learning_rate, sheet_every=0)
+    with pytest.raises(Diverged, match=r"the last good weights are in .*best\.pt, and as an adapter in .*best"):
+        run(tmp_path, settings)
+    blown = torch.load(tmp_path / "work" / "checkpoint.pt", weights_only=True)["adapter"]
+    assert max(float(value.abs().max()) for value in blown.values()) > 100  # the control: it did blow up
+    kept = load_file(tmp_path / "work" / "best" / WEIGHTS)
+    assert max(float(value.abs().max()) for value in kept.values()) < 2
+
+
+def test_a_run_killed_before_its_first_checkpoint_keeps_its_folder(tmp_path: Path) -> None:
+    """`run.json` alone tells whose folder it is: scores and sheets of another run would be mixed in."""
+    (tmp_path / "run.json").write_text(json.dumps(identity("jpeg", PROMPTS, SETTINGS)))
+    check_folders(identity("jpeg", PROMPTS, SETTINGS), tmp_path, tmp_path / "out")
+    with pytest.raises(ValueError, match="holds a run with another reward"):
+        check_folders(identity("symmetry", PROMPTS, SETTINGS), tmp_path, tmp_path / "out")
+
+
+def test_a_run_killed_between_adapter_and_card_goes_on(tmp_path: Path) -> None:
+    """An adapter without a card is the run's own where `work` says so; without such a `work` it is somebody's."""
+    work, out, who = tmp_path / "work", tmp_path / "out", identity("jpeg", PROMPTS, SETTINGS)
+    work.mkdir()
+    out.mkdir()
+    (out / WEIGHTS).touch()
+    with pytest.raises(ValueError, match="holds an adapter"):
+        check_folders(who, work, out)
+    (work / "run.json").write_text(json.dumps(who))
+    check_folders(who, work, out)
+
+
+@pytest.mark.parametrize(
+    ("values", "reason"),
+    [
+        ({"size": 0}, "size must be positive"),
+        ({"size": -16}, "size must be positive"),
+        ({"learning_rate": 1e38}, "learning_rate must be at most"),
+        ({"prompts_per_round": 1, "samples_per_prompt": 1}, "two images at least"),
+    ],
+)
+def test_settings_that_torch_would_choke_on_are_refused(values: dict[str, Any], reason: str) -> None:
+    """ValueError with the reason, where torch's own error would come in the middle of a run."""
+    with pytest.raises(ValueError, match=reason):
+        replace(SETTINGS, **values)
+
+
+def test_a_size_between_latents_is_refused(tmp_path: Path) -> None:
+    """Images are multiples of the autoencoder's factor: anything else would silently be less."""
+    with pytest.raises(ValueError, match="multiple of"):
+        run(tmp_path, replace(SETTINGS, size=17))
 
 
 def test_the_other_algorithm(tmp_path: Path) -> None:
