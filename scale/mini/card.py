@@ -169,7 +169,7 @@ def _text(facts: dict[str, Any], training: Mapping[str, Any], weights: Path) -> 
         pictures=base.PICTURES,
         wrong=base.WRONG_COLOURS,
         judged=judge["accuracy on held-out renders"],
-        alpha=MINI.alpha,
+        alpha=next((training[name]["alpha"] for name in SINGLE if name in training), MINI.alpha),
         kl_prompts=facts["kl_prompts"],
         rows=_markdown(("model", *names, "KL", "minutes"), rows),
         guided=_markdown(("model", *names), guided),
