@@ -1,6 +1,7 @@
 """The command `dblend train`: flags into an experiment, checked before any long work, then one run."""
 
 import json
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -97,7 +98,10 @@ class Train:
         from scale.train.divergence import Diverged
         from scale.train.run import PRECISIONS, check_folders, fine_tune, identity
 
-        state = PartialState()  # decides which GPU is this process's
+        state = PartialState(cpu=not torch.cuda.is_available())  # decides which GPU is this process's
+        launched = int(os.environ.get("WORLD_SIZE", "1"))
+        if launched != state.num_processes:  # each would train alone, into one folder
+            raise ValueError(f"{launched} processes were launched, but only {state.num_processes} know of each other")
         device = torch.device(state.device or "cpu")
         reward = parse_reward(experiment.reward, models)
         if unknown := [prompt for prompt in prompts if not reward.knows(prompt)]:

@@ -176,8 +176,9 @@ class DenoiserPolicy:
 def _ddim(scheduler: Any, steps: int) -> DDIMScheduler:
     """DDIM on the pipeline's own noise schedule, every step of which has noise."""
     # the last step goes from time 1 to time 0: with alpha = 1 after it, or from time 0 on, it has no density
+    config = {"clip_sample": False, **scheduler.config}  # a scheduler that does not know of clipping does not clip
     ddim = DDIMScheduler.from_config(
-        scheduler.config, set_alpha_to_one=False, timestep_spacing="leading", steps_offset=1
+        config, set_alpha_to_one=False, timestep_spacing="leading", steps_offset=1
     )  # fmt: skip
     assert isinstance(ddim, DDIMScheduler)
     prediction, train_steps = ddim.config["prediction_type"], ddim.config["num_train_timesteps"]

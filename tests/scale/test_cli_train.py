@@ -138,7 +138,7 @@ REFUSED = {
     "unknown algorithm": (f"--reward jpeg {ON} --algorithm ppo", "no algorithm 'ppo'; it is one of dpok, tilted"),
     "unknown preset": (f"--reward jpeg {ON} --preset huge", "no preset 'huge' of dpok; it is one of mini, paper"),
     "preset of the other": (f"--reward jpeg {ON} --algorithm tilted --preset paper", "no preset 'paper' of tilted"),
-    "unknown setting": (f"--reward jpeg {ON} --set lr=1", "no setting lr of dpok; they are alpha, rounds"),
+    "unknown setting": (f"--reward jpeg {ON} --set lr=1", "no setting lr of dpok; they are alpha, later_kl, rounds"),
     "setting without =": (f"--reward jpeg {ON} --set lr", "'lr' is not NAME=VALUE"),
     "no whole number": (f"--reward jpeg {ON} --set rounds=1.5", "rounds must be a whole number, received '1.5'"),
     "no number": (f"--reward jpeg {ON} --set clip=small", "clip must be a finite number"),
@@ -251,19 +251,30 @@ finally:
 
 @pytest.mark.slow
 def test_two_processes(root: Path, files: Path, tmp_path: Path) -> None:
-    """`accelerate launch -m scale.cli train` with two processes: one output, one adapter, one process's history."""
+    """`accelerate launch -m scale.cli train` with two processes: one output, one adapter, one process's history.
+
+    The control is a batch of three transitions, which two processes cannot share: so there are two.
+    """
     common = words(files, f"--reward colorfulness {ON} {SMALL} --json")
     environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
-    launch = "-m accelerate.commands.launch --cpu --num_processes 2 --num_machines 1 --mixed_precision no "
+    # accelerate's own --cpu starts a single process; with --multi_gpu it starts two, which find no GPU here and use gloo
+    launch = "-m accelerate.commands.launch --multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no "
     launch += "--dynamo_backend no --main_process_port 0 -m scale.cli"
-    command = [sys.executable, *launch.split(), *common, "--out", str(tmp_path / "two")]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, cwd=root)
+
+    def launched(out: str, batch: int) -> subprocess.CompletedProcess[str]:
+        options = [f"batch={batch}" if word == "batch=4" else word for word in common]
+        command = [sys.executable, *launch.split(), *options, "--out", str(tmp_path / out)]
+        return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, cwd=root)
+
+    assert "2 processes cannot share" in launched("odd", 3).stderr
+    done = launched("two", 4)
     assert done.returncode == 0, done.stderr
     main([*common, "--out", str(tmp_path / "one")])
     printed = json.loads(done.stdout)
     two, one = (json.loads((tmp_path / name / "training.json").read_text()) for name in ("two", "one"))
     assert printed["last_round"] == two["history"][-1]
-    assert two["history"][0] == pytest.approx(one["history"][0], rel=1e-4, abs=1e-7)
+    # shapes of batches differ, so roundings do; test_processes.py measures weights against a control
+    assert two["history"][0] == pytest.approx(one["history"][0], rel=5e-3, abs=1e-6)
     assert two["settings"] == one["settings"]
 
 
