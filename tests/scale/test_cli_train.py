@@ -257,7 +257,7 @@ def test_two_processes(root: Path, files: Path, tmp_path: Path) -> None:
     """
     common = words(files, f"--reward colorfulness {ON} {SMALL} --json")
     environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
-    # accelerate's own --cpu starts a single process; with --multi_gpu it starts two, which find no GPU here and use gloo
+    # accelerate's own --cpu starts a single process; with --multi_gpu it starts two, which without a GPU use gloo
     launch = "-m accelerate.commands.launch --multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no "
     launch += "--dynamo_backend no --main_process_port 0 -m scale.cli"
 
