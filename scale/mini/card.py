@@ -55,8 +55,10 @@ Gain of each single-reward expert on its own reward, in those: {gains}.
 
 {guided}
 
-Standard deviations of the base model: {guided_spread}. Guidance multiplies what an adapter changed along with the
-text's effect, and no theorem speaks of it; alignment is then near its maximum, 2, before any training.
+Standard deviations of the base model: {guided_spread}.
+
+Guidance multiplies what an adapter changed along with the text's effect, and no theorem speaks of it; alignment is then
+near its maximum, 2, before any training.
 """
 
 
