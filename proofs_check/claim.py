@@ -30,7 +30,7 @@ class Row:
     @property
     def met(self) -> bool:
         """Whether the inequality holds; a NaN meets nothing."""
-        return self.measured <= self.bound if self.sense == "<=" else self.measured >= self.bound
+        return bool(self.measured <= self.bound if self.sense == "<=" else self.measured >= self.bound)  # numpy has its own
 
     @property
     def margin(self) -> float:
