@@ -30,7 +30,8 @@ class Row:
     @property
     def met(self) -> bool:
         """Whether the inequality holds; a NaN meets nothing."""
-        return bool(self.measured <= self.bound if self.sense == "<=" else self.measured >= self.bound)  # numpy has its own
+        # numpy's comparisons give a bool of its own
+        return bool(self.measured <= self.bound if self.sense == "<=" else self.measured >= self.bound)
 
     @property
     def margin(self) -> float:

@@ -39,7 +39,8 @@ def test_every_stage_runs_and_is_not_run_again(tiny: Build) -> None:
         assert {f"adapters/{name}/training.json", f"adapters/{name}/pytorch_lora_weights.safetensors"} <= names
     os.remove(tiny.out / "card.json")
     build.main(tiny)
-    kept = {path: path.stat().st_mtime_ns for path in files if path.name not in ("card.json", "README.md", "curves.png")}
+    card_files = ("card.json", "README.md", "curves.png")
+    kept = {path: path.stat().st_mtime_ns for path in files if path.name not in card_files}
     assert all(files[path] == when for path, when in kept.items())
     assert (tiny.out / "card.json").is_file()
 
