@@ -103,7 +103,7 @@ def test_the_rewards_are_those_of_the_files(made: Path, folder: Path) -> None:
         pixels = torch.from_numpy(np.array(Image.open(made.parent / entry["file"]))).permute(2, 0, 1)[None] / 255
         known = scorers if entry["prompt"] == PROMPTS[0] else {n: s for n, s in scorers.items() if n != "alignment"}
         expected = {name: float(scorer.score(pixels, [entry["prompt"]])) for name, scorer in known.items()}
-        assert entry["rewards"] == pytest.approx(expected)
+        assert entry["rewards"] == pytest.approx(expected, abs=1e-6)  # sums of thousands of float32
 
 
 def test_the_same_request_gives_the_same_bytes(made: Path, folder: Path, tmp_path: Path) -> None:

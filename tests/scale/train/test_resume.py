@@ -133,7 +133,7 @@ def test_an_exploding_reward_ends_in_diverged(tmp_path: Path) -> None:
     """Scores of 1e30 in the third round: Diverged names the round and the checkpoint, which has finite weights."""
     asked = settings()
     reward = Changing(asked.steps, lambda index, scores: scores * 1e30 if index == 2 else scores)
-    message = rf"the loss is not finite: .*; stopped in round 3, the last good weights are in {tmp_path}/checkpoint.pt"
+    message = rf"the loss is not finite: .*; stopped in round 3, the last good weights are in {tmp_path}/best.pt"
     with pytest.raises(Diverged, match=message):
         train(policy(asked), reward, PROMPTS, asked, tmp_path)
     _check_kept(tmp_path, rounds=2)
@@ -141,12 +141,12 @@ def test_an_exploding_reward_ends_in_diverged(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("updates", [1, 2])
 def test_a_mad_learning_rate_ends_in_diverged(updates: int, tmp_path: Path) -> None:
-    """A learning rate of 1e3 stops within three rounds; the message names the checkpoints that are there, no other."""
+    """A learning rate of 1e3 stops within three rounds; the message names the best weights where there are any."""
     asked = settings(learning_rate=1e3, updates=updates)
     with pytest.raises(Diverged, match="stopped in round") as stopped:
         train(policy(asked), Brightness(), PROMPTS, asked, tmp_path)
     named = re.findall(r"\S+\.pt", str(stopped.value))
-    assert set(named) == {str(path) for path in tmp_path.iterdir()}
+    assert set(named) == {str(path) for path in tmp_path.glob("best.pt")}
 
 
 def test_a_collapsing_reward_ends_in_diverged(tmp_path: Path) -> None:
