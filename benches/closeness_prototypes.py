@@ -6,9 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import get_protocol_members
 
 from dbtheory.blend import Blender, MeanBlend, SampledBlend, Step, combine
-from dbtheory.experts import Points
+from dbtheory.experts import Experts, Points
 from dbtheory.preference import Preference
 from scale.soup import SoupBlend
 
@@ -36,9 +37,8 @@ class Moved:
 
     def __init__(self, experts: Any, offsets: Tensor, soup: Tensor | None) -> None:
         self.experts, self.offsets, self.soup = experts, offsets, soup
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.experts, name)
+        for name in get_protocol_members(Experts) - set(dir(self)):
+            setattr(self, name, getattr(experts, name))
 
     def predict_each(self, x: Points, t: Tensor | float, assignment: Tensor) -> Points:
         rows = torch.arange(len(x), device=x.device)

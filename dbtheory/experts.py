@@ -1,11 +1,14 @@
 """What blenders and samplers see of a model: denoisers that share their shape and parametrisation."""
 
 from collections.abc import Mapping, Sequence
-from typing import Protocol, cast, get_args, runtime_checkable
+from typing import cast, get_args
 
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
+
+# python 3.11's own work every property out to see whether it is there
+from typing_extensions import Protocol, runtime_checkable
 
 from dbtheory.law import Law
 from dbtheory.parametrization import Parametrization, convert

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Protocol, runtime_checkable
-
 import torch
 from jaxtyping import Float
 from torch import Tensor
+
+# python 3.11's own work every property out to see whether it is there
+from typing_extensions import Protocol, runtime_checkable
 
 from dbtheory.schedule import NoiseSchedule, Time
 

@@ -8,6 +8,7 @@ from dbtheory import ExactExperts, InterpolatedBlend, MeanBlend, PrecisionBlend,
 from dbtheory.blend import Step
 from dbtheory.parametrization import convert
 from tests.chance import alarms, mean_p_value
+from tests.dbtheory.wrapped import Wrapped
 
 N = 100_000
 ORDERS = ("iid", "low-discrepancy")
@@ -32,22 +33,20 @@ def step(n, index=0, count=10):
     return Step(index, count, 0.4, 0.3, phases(n))
 
 
-class Counting:
+class Counting(Wrapped):
     """Experts that record which of them were asked."""
 
     def __init__(self, experts):
-        self.experts, self.asked = experts, []
-
-    def __getattr__(self, name):
-        return getattr(self.experts, name)
+        super().__init__(experts)
+        self.asked = []
 
     def predict(self, x, t, names):
         self.asked.append(tuple(names))
-        return self.experts.predict(x, t, names)
+        return self.inner.predict(x, t, names)
 
     def predict_each(self, x, t, assignment):
         self.asked.append(len(assignment))
-        return self.experts.predict_each(x, t, assignment)
+        return self.inner.predict_each(x, t, assignment)
 
 
 @pytest.mark.parametrize("scale", [0.5, 1.0, 1.7])

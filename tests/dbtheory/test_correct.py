@@ -27,6 +27,7 @@ from dbtheory.steps import ddpm_step, euler_maruyama_step, posterior_gain, poste
 from dbtheory.tilt import log_normalizer as reward_normalizer
 from tests.chance import alarms
 from tests.dbtheory.gaussian_world import EYE, REWARDS, SCHEDULE, Weighted, product, weighted_chain, world
+from tests.dbtheory.wrapped import Wrapped
 
 BOTH = {"round": 0.3, "long": 0.7}
 ONE = {"round": 1.0, "long": 0.0}
@@ -107,18 +108,16 @@ def test_rates_against_their_definitions():
         assert ancestral_rate(schedule, 0.01, 0.0) == euler_rate(schedule, 0.01, 0.0)
 
 
-class Spy:
+class Spy(Wrapped):
     """Experts that remember where they were asked."""
 
     def __init__(self, experts):
-        self.experts, self.path = experts, []
-
-    def __getattr__(self, name):
-        return getattr(self.experts, name)
+        super().__init__(experts)
+        self.path = []
 
     def predict(self, x, t, names):
         self.path.append((x, t))
-        return self.experts.predict(x, t, names)
+        return self.inner.predict(x, t, names)
 
 
 def autograd_scores(experts, x, t):

@@ -10,12 +10,13 @@ from dbtheory import ExactExperts, GaussianMixture, LinearReward, MeanBlend, Pre
 from dbtheory.blend import Step
 from scale import attach
 from scale.held import HeldBlend
+from tests.dbtheory.wrapped import Wrapped
 from tests.scale import tiny
 
 PREFERENCE = Preference({"a": 0.25, "b": 0.5, "c": 0.25}, kl_scale=0.8)
 
 
-class Counted:
+class Counted(Wrapped):
     """Exact experts whose evaluations are counted, in experts a sample."""
 
     def __init__(self) -> None:
@@ -23,11 +24,8 @@ class Counted:
         means = torch.randn(3, 2, generator=generator, dtype=torch.float64)
         prior = GaussianMixture(torch.ones(3).double() / 3, means, 0.3 * torch.eye(2).double().expand(3, 2, 2))
         rewards = {name: LinearReward(torch.randn(2, generator=generator).double()) for name in "abc"}
-        self.inner = ExactExperts(prior, rewards, 0.5, VPLinear(), "eps")
+        super().__init__(ExactExperts(prior, rewards, 0.5, VPLinear(), "eps"))
         self.evaluations = 0
-
-    def __getattr__(self, name: str):
-        return getattr(self.inner, name)
 
     def predict(self, x: Tensor, t, names) -> Tensor:
         self.evaluations += len(names)
