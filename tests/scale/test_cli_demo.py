@@ -16,6 +16,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Few samples, steps and prompts: the numbers mean nothing, their way through the command does."""
     monkeypatch.setattr(toys.demo, "run", partial(toys.demo.run, samples=200, steps=8))
     monkeypatch.setattr(demo, "run", partial(demo.run, prompts=2))
+    monkeypatch.setattr(demo, "STEPS", 4)
 
 
 def test_it_prints_two_tables_and_where_its_files_lie(

@@ -2,14 +2,16 @@
 
 from pathlib import Path
 
+import pytest
 from PIL import Image
 
 from scale.mini import demo
 from scale.rewards import SCORERS
 
 
-def test_it_reports_every_preference_and_draws_its_figures(tmp_path: Path) -> None:
+def test_it_reports_every_preference_and_draws_its_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows for the base and every w with all rewards and standard errors; two pictures; a count of what was drawn."""
+    monkeypatch.setattr(demo, "STEPS", 4)
     drawn = []
     results = demo.run(tmp_path, prompts=3, advance=drawn.append)
     assert sum(drawn) == 3 * (len(demo.WEIGHTS) + 1)
