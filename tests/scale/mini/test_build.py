@@ -1,6 +1,7 @@
 """`python -m scale.mini.build`, every stage made tiny."""
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -28,8 +29,11 @@ def tiny(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Build:
 
 @pytest.mark.slow
 def test_every_stage_runs_and_is_not_run_again(tiny: Build) -> None:
-    """From nothing to a model that diffusers opens, a judge, two adapters and a card; a second run changes none."""
-    build.main(tiny)
+    """From nothing to a model that diffusers opens, a judge, two adapters and a card; a second run changes none.
+
+    The adapters are trained by two processes at once.
+    """
+    build.main(replace(tiny, processes=2))
     pipe = StableDiffusionPipeline.from_pretrained(tiny.out / "model")
     assert {part.dtype for part in (pipe.unet, pipe.vae, pipe.text_encoder)} == {torch.float32}
     files = {path: path.stat().st_mtime_ns for path in tiny.out.rglob("*") if path.is_file()}

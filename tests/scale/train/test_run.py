@@ -18,11 +18,12 @@ from scale.adapters import load_adapter
 from scale.rewards import load_scorer
 from scale.train.denoiser import ADAPTER
 from scale.train.divergence import Diverged
-from scale.train.observe import sheet
+from scale.train.observe import Observer, sheet
 from scale.train.run import CARD, WEIGHTS, as_text, check_folders, fine_tune, identity
 from scale.train.settings import Dpok
 from scale.train.tilted_settings import Tilted
 from tests.scale import tiny
+from tests.scale.train.fixtures import policy
 
 PROMPTS = ["red", "blue", "green"]
 SETTINGS = Dpok(
@@ -106,6 +107,17 @@ def test_tensorboard_has_every_round(finished: tuple[Path, Any, dict[str, Any]])
     for name in card["history"][0]:
         read = {event.step: event.value for event in events.Scalars(name)}
         assert read == pytest.approx({i + 1: record[name] for i, record in enumerate(card["history"])}, rel=1e-6)
+
+
+def test_the_bar_says_what_a_round_came_to(tmp_path: Path) -> None:
+    """Beside it stand the newest round's reward, KL, ratio and gradient norm, and how many of the rounds are done."""
+    record = {"reward": 1.25, "kl": 0.5, "ratio": 0.01, "gradient": 3.0, "value_loss": 7.0}
+    with Observer(policy(SETTINGS), PROMPTS, tmp_path, total=4) as observer:
+        observer(0, dict.fromkeys(record, 0.0))
+        observer(1, record)
+        (task,) = observer.bar.tasks
+    assert (task.completed, task.total) == (2, 4)
+    assert task.fields["note"] == "reward 1.25 kl 0.5 ratio 0.01 gradient 3"
 
 
 def test_sheets_show_the_run_and_do_not_change_it(finished: tuple[Path, Any, dict[str, Any]], tmp_path: Path) -> None:
