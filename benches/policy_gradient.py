@@ -50,7 +50,7 @@ class Options:
 
 @dataclass(frozen=True)
 class Row:
-    """Of an estimator: mean cosine between two batches' gradients, its error, and their mean norm."""
+    """Of an estimator: mean cosine between two batches' gradients, its standard error, and their mean norm."""
 
     estimator: str
     cosine: float
