@@ -58,7 +58,7 @@ def test_a_step_is_diffusers_ddim(make: Callable[[], Any]) -> None:
     mean, std = policy.moments(**at)
     assert bool((std > 0).all())
     out = _predicted(policy, at["x"], scheduler.timesteps, at["condition"])
-    guesses = policy._step(at["x"], at["k"], policy.noise(**at))[2]
+    guesses = policy.step(**at)[2]
     for row, t in enumerate(scheduler.timesteps):
         one = slice(row, row + 1)
         expected = scheduler.step(out[one], t, at["x"][one], eta=1.0, variance_noise=noise[one])
@@ -154,7 +154,7 @@ def test_a_rollout_records_its_own_log_probabilities(make: Callable[[], Any]) ->
         at = {"x": rollout.states[step], "k": torch.full((3,), step), "condition": rollout.condition}
         with torch.no_grad():
             mean, std = policy.moments(**at)
-            guess = policy._step(at["x"], at["k"], policy.noise(**at))[2]
+            guess = policy.step(**at)[2]
         again = policies.log_probability(rollout.states[step + 1], mean, std)
         torch.testing.assert_close(again, rollout.log_probabilities[step], rtol=0.0, atol=1e-4)
         torch.testing.assert_close(guess, rollout.guesses[step], rtol=0.0, atol=1e-4)
