@@ -44,6 +44,7 @@ class Chain(Protocol):
         ...
 
 
+@runtime_checkable
 class Reward(Protocol):
     """Anything that scores images of prompts, as a `Scorer` does."""
 
