@@ -24,9 +24,6 @@ class Chain(Protocol):
     @property
     def steps(self) -> int: ...
 
-    @property
-    def device(self) -> torch.device: ...
-
     def encode(self, prompts: Sequence[str]) -> Condition:
         """What the denoiser is told of each prompt."""
         ...
@@ -55,7 +52,8 @@ class PipelineChain(GaussianSteps):
     """The steps that the pipeline's ordinary call takes, with the noise that `scale.pipeline.draw` gives it.
 
     Raises:
-        ValueError: a pipeline without a UNet, another scheduler than DDIM, one that clips, or settings out of range.
+        ValueError: a pipeline without a UNet, another scheduler than DDIM, one that clips, a model that is offloaded,
+            or settings out of range.
     """
 
     def __init__(self, pipe: DiffusionPipeline, steps: int, guidance: float, eta: float) -> None:
@@ -66,6 +64,8 @@ class PipelineChain(GaussianSteps):
                 f"the baselines steer DDIM's Gaussian steps, but the pipeline's scheduler is {type(own).__name__}; "
                 'call scale.pipeline.set_scheduler(pipe, "ddim")'
             )
+        if any(hasattr(part, "_hf_hook") for part in pipe.components.values()):
+            raise ValueError("the baselines need the whole model where it runs; open the pipeline without offload")
         require_count("steps", steps)
         if not isfinite(guidance) or not 0 <= eta <= 1:
             raise ValueError(f"guidance must be finite and eta in [0, 1], received {guidance} and {eta}")
@@ -79,10 +79,6 @@ class PipelineChain(GaussianSteps):
             )
         # as pipelines do: below 1 there is no guidance
         super().__init__(pipe, scheduler, max(1.0, float(guidance)), eta=eta)
-
-    @property
-    def device(self) -> torch.device:
-        return self.pipe._execution_device  # also of a model that is offloaded
 
     def draw(self, generators: Sequence[torch.Generator]) -> Latents:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Noise in the pipeline's own precision: half-precision draws are other numbers."""

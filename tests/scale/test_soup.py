@@ -96,3 +96,25 @@ def test_only_adapters_can_be_averaged() -> None:
         SoupBlend(Preference({"r": 1.0}))(experts, torch.zeros(1, 1), 0.5, Step(0, 1, 0.5, 0.0, torch.zeros(1)))
     with pytest.raises(ValueError, match="average must be"):
         SoupBlend(Preference({"r": 1.0}), "files")
+
+
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+def test_with_linear_denoisers_a_soup_is_the_blend(guidance: float, tmp_path: Path) -> None:
+    """Where only the last layer has adapters, predictions are linear in the parameters, and `rs` equals DB-MPA exactly.
+
+    `rs-factors` does not; and neither does `rs` where other layers have adapters too.
+    """
+    last = {name: tiny.save_lora(tiny.sd, tmp_path / name, i, ("conv_out",)) for i, name in enumerate("ab")}
+    mixed = {name: tiny.save_lora(tiny.sd, tmp_path / f"mixed-{name}", i, tiny.MIXED) for i, name in enumerate("ab")}
+    preference = Preference({"a": 0.3, "b": 0.7}, kl_scale=1.2)
+
+    def images(files: dict[str, Path], method: str) -> Tensor:
+        pipe = tiny.sd()
+        attach(pipe, files, preference, method=method)
+        return run(pipe, guidance_scale=guidance)
+
+    blend = images(last, "mpa")
+    assert not close(blend, run(tiny.sd(), guidance_scale=guidance))
+    assert close(images(last, "rs"), blend)
+    assert not close(images(last, "rs-factors"), blend)
+    assert not close(images(mixed, "rs"), images(mixed, "mpa"))

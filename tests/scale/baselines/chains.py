@@ -13,8 +13,6 @@ from tests.scale.train.gaussian import Quadratic, Steps
 class AffineChain:
     """Steps `N(A_k x + b_k, s_k^2 I)`; the guess of the data runs the remaining means (exact, as they are affine)."""
 
-    device = torch.device("cpu")
-
     def __init__(self, affine: Steps) -> None:
         self.affine, self.rows = affine, []
 

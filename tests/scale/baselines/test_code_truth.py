@@ -27,12 +27,17 @@ def test_one_block_is_best_of_n() -> None:
     law = stats.norm(float(mean), float(covariance) ** 0.5)
     x = search(AffineChain(affine), [""] * 4000, range(4000), SLOPE, candidates=4, block=5, max_rows=4000)[:, 0]
 
-    def p_value(n: int) -> float:
+    gain = float(affine.matrices.prod())
+    z = torch.randn(4000, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    shared = float(mean) + gain * z[:, 0] + (float(covariance) - gain**2) ** 0.5 * z[:, 1:].amax(1)
+
+    def p_value(n: int, x: Tensor = x) -> float:
         return float(stats.kstest(x.numpy(), lambda value: law.cdf(value) ** n).pvalue)
 
     assert p_value(4) > FALSE_ALARM
     for wrong in (1, 3, 5):
         assert p_value(wrong) < FALSE_ALARM
+    assert p_value(4, shared) < FALSE_ALARM
 
 
 def _noise(generator: torch.Generator, count: int) -> list[Tensor]:
