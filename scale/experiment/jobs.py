@@ -1,0 +1,220 @@
+"""What there is to make: cells (a method at a preference), their images, and the batches that these are made in.
+
+Everything is a function of the config and of the files' hashes, so that every process and every resumed run has the
+same batches. An image's id does not depend on its batch.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dbtheory.preference import BASE, Preference
+from scale.adapters import adapter_file
+from scale.experiment.config import Config
+from scale.experiment.entries import STEERED, Entry
+from scale.experiment.prompts import Prompt
+from scale.folder import sha256
+from scale.methods import make_blender
+from scale.pipeline import Picture, batches
+
+Weights = Mapping[str, float]
+SAMPLED = ("mpa-ls", "mpa-held")  # lambda is a probability
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A method with its options at one preference and lambda, and the images that it makes."""
+
+    label: str
+    method: str
+    weights: Weights
+    """By reward, all of them; empty for base, which follows no preference."""
+    kl_scale: float | None
+    options: Mapping[str, Any]
+    """As `attach`, `code` or `rgg` take them."""
+    adapters: Mapping[str, Path]
+    """What is attached, by name."""
+    prompts: Sequence[Prompt]
+    seeds: Sequence[int]
+    batch_size: int
+
+    @property
+    def blend(self) -> tuple[str, Preference] | None:
+        """Method and preference as `attach` takes them; None where nothing is attached."""
+        if self.method == BASE or self.method in STEERED:
+            return None
+        if self.method == "morl":
+            return "mpa", Preference(dict.fromkeys(self.adapters, 1.0))
+        middle = set((self.options.get("midpoints") or {}).values())
+        names = [name for name in self.adapters if name not in middle]
+        return self.method, Preference({name: self.weights[name] for name in names}, self.kl_scale)
+
+    @property
+    def resamples(self) -> bool:
+        return self.options.get("correct") is not None
+
+    @property
+    def pictures(self) -> list[Picture]:
+        """Prompt by prompt."""
+        return [Picture(prompt.text, i, seed) for i, prompt in enumerate(self.prompts) for seed in self.seeds]
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """What a config asks for, but a method does not have."""
+
+    label: str
+    weights: Weights
+    kl_scale: float
+    reason: str
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Images that are made together; `ids` are theirs, and `origin` is all that made them but prompt and seed."""
+
+    id: str
+    index: int
+    cell: Cell
+    pictures: Sequence[Picture]
+    ids: Sequence[str]
+    origin: Mapping[str, Any]
+
+
+def plan(config: Config) -> tuple[list[Cell], list[Skipped]]:
+    """The cells of a config in its order, and what it asks for in vain.
+
+    Raises:
+        ValueError: what `make_blender` refuses; images of one prompt that resampling needs together and a batch is
+            too small for; nothing to make.
+    """
+    cells: list[Cell] = []
+    skipped: list[Skipped] = []
+    for entry in config.methods:
+        for made in _cells(config, entry):
+            (cells if isinstance(made, Cell) else skipped).append(made)  # pyright: ignore[reportArgumentType]
+    for cell in cells:
+        try:
+            batches(cell.pictures, cell.batch_size, cell.resamples)
+            if blend := cell.blend:
+                make_blender(blend[0], blend[1], tuple(cell.adapters), **cell.options)
+        except ValueError as error:
+            raise ValueError(f"the method {cell.label} at {shown(cell)}: {error}") from error
+    if not cells:
+        raise ValueError(f"nothing to make: {skipped[0].label}: {skipped[0].reason}" if skipped else "no preferences")
+    return cells, skipped
+
+
+def shown(cell: Cell | Skipped) -> str:
+    """The preference of a cell in words."""
+    if cell.kl_scale is None:
+        return "no preference"
+    weights = " ".join(f"{name}={weight:.3g}" for name, weight in cell.weights.items() if weight)
+    return f"{weights} lambda={cell.kl_scale:g}"
+
+
+def _cells(config: Config, entry: Entry) -> Iterator[Cell | Skipped]:
+    prompts = config.prompts[: entry.prompt_limit]
+    rest = (prompts, entry.seeds or config.seeds, entry.batch_size or config.batch_size)
+    if entry.method == BASE:
+        yield Cell(entry.label, BASE, {}, None, {}, {}, *rest)
+        return
+    preferences = config.preferences if entry.preferences is None else entry.preferences
+    if not preferences:
+        raise ValueError(f"the config has no preferences for {entry.label}; give e.g. preferences: {{grid: 0.25}}")
+    for kl_scale in entry.lambdas or config.lambdas:
+        for weights in preferences:
+            made = _adapters(config, entry, weights, kl_scale)
+            if isinstance(made, str):
+                yield Skipped(entry.label, weights, kl_scale, made)
+            else:
+                options = dict(entry.options)
+                if entry.midpoints:
+                    options["midpoints"] = {edge: "+".join(edge) for edge in entry.midpoints}
+                yield Cell(entry.label, entry.method, weights, kl_scale, options, made, *rest)
+
+
+def _adapters(config: Config, entry: Entry, weights: Weights, kl_scale: float) -> Mapping[str, Path] | str:
+    """What is attached; or why the method has nothing at this preference."""
+    single = [name for name, weight in weights.items() if weight == 1]
+    if entry.method in STEERED:
+        return {} if kl_scale == 1 else f"{entry.method} knows no lambda"
+    if entry.method in SAMPLED and kl_scale > 1:
+        return f"{entry.method} draws one expert a step, so lambda is a probability; mpa goes above 1"
+    if entry.method == "kla":
+        return {single[0]: config.adapters[single[0]]} if single else "kla blends the base with one adapter"
+    if entry.method != "morl":
+        return {**config.adapters, **{"+".join(edge): path for edge, path in entry.midpoints.items()}}
+    for expert in entry.experts:
+        if expert.kl_scale == kl_scale and all(abs(expert.weights[n] - w) < 1e-9 for n, w in weights.items()):
+            return {"expert": expert.adapter}
+    if single and kl_scale == 1 and single[0] in config.adapters:
+        return {"expert": config.adapters[single[0]]}
+    return "no expert was trained for this preference"
+
+
+def make_batches(
+    config: Config, cells: Sequence[Cell], model: Mapping[str, Any], rewards: Mapping[str, str]
+) -> list[Batch]:
+    """All batches, cell by cell.
+
+    `model` is what the config does not know of the model (hashes, guidance in force, dtype); `rewards` are the names of
+    the scorers by axis, which steer some methods.
+
+    Raises:
+        ValueError: two cells that make the same images.
+    """
+    hashes: dict[Path, str] = {}
+    made: list[Batch] = []
+    owners: dict[str, Cell] = {}
+    for cell in cells:
+        origin = _origin(config, cell, model, rewards, hashes)
+        for pictures in batches(cell.pictures, cell.batch_size, cell.resamples):
+            ids = [digest(origin | {"prompt": picture.prompt, "seed": picture.seed}) for picture in pictures]
+            made.append(Batch(digest({"jobs": ids}), len(made), cell, pictures, ids, origin))
+            if owners.setdefault(ids[0], cell) is not cell:
+                raise ValueError(f"{owners[ids[0]].label} and {cell.label} at {shown(cell)} make the same images")
+    return made
+
+
+def keep(every: Sequence[Batch], limit: int | None) -> list[Batch]:
+    """The first whole batches of each cell that hold `limit` images; all where there is no limit."""
+    kept, counts = [], {}
+    for batch in every:
+        before = counts.get(id(batch.cell), 0)
+        if limit is None or before < limit:
+            kept.append(batch)
+        counts[id(batch.cell)] = before + len(batch.pictures)
+    return kept
+
+
+def digest(what: Mapping[str, Any]) -> str:
+    """16 hexadecimal digits that stand for plain data."""
+    return hashlib.sha256(json.dumps(what, sort_keys=True, allow_nan=False).encode()).hexdigest()[:16]
+
+
+def _origin(
+    config: Config, cell: Cell, model: Mapping[str, Any], rewards: Mapping[str, str], hashes: dict[Path, str]
+) -> dict[str, Any]:
+    """All that makes an image but its prompt and seed, as plain data and without a path."""
+    for path in cell.adapters.values():
+        if path not in hashes:
+            hashes[path] = sha256(adapter_file(path))
+    middle = {"+".join(edge): name for edge, name in cell.options.get("midpoints", {}).items()}
+    return {
+        "method": cell.method,
+        "weights": dict(cell.weights),
+        "kl_scale": cell.kl_scale,
+        "options": {**cell.options, **({"midpoints": middle} if middle else {})},
+        "adapters": {name: hashes[path] for name, path in cell.adapters.items()},
+        "steered_by": dict(rewards) if cell.method in STEERED else None,
+        # the images of one prompt compete
+        "together": list(cell.seeds) if cell.resamples else None,
+        "steps": config.steps,
+        "eta": config.eta,
+        "scheduler": config.scheduler,
+        **model,
+    }
