@@ -227,6 +227,7 @@ def _toy(name: str, out: Path, seed: int) -> dict[str, Any]:
 
 
 def _commands() -> Any:
+    from scale.cli_sweep import Sweep
     from scale.cli_train import Train
 
     return (
@@ -235,6 +236,7 @@ def _commands() -> Any:
         | Annotated[Toy, subcommand("toy")]
         | Annotated[Generate, subcommand("generate")]
         | Annotated[Train, subcommand("train")]
+        | Annotated[Sweep, subcommand("sweep")]
     )
 
 

@@ -1,0 +1,136 @@
+"""Making a batch: one pipeline, with the blend of the cell at hand attached to it."""
+
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from scale import mini
+from scale.attachment import Knob, attach
+from scale.experiment.config import Config
+from scale.experiment.entries import STEERED
+from scale.experiment.jobs import Batch, Cell
+from scale.pipeline import DTYPES, draw, open_pipeline, set_scheduler
+from scale.record import denoiser_hashes
+from scale.rewards.expression import _terms, parse_reward
+from scale.rewards.protocol import Mix, Scorer
+
+
+@dataclass(frozen=True)
+class Made:
+    """A batch's images on the CPU, what they cost (`scale.baselines.Ledger`), and their certificates, if any."""
+
+    images: Float[Tensor, "n 3 height width"]
+    cost: dict[str, Any]
+    certificates: Sequence[Mapping[str, Any] | None]
+
+
+class Maker:
+    """Makes the batches of an experiment; cells of one blend after the other share its attachment.
+
+    Raises:
+        ValueError: a model or a scheduler that cannot be had; a reward without its weights, that does not know a
+            prompt, or that shall guide and is not differentiable.
+    """
+
+    def __init__(self, config: Config, cells: Sequence[Cell]) -> None:
+        self.config = config
+        self.rewards = {name: _scorer(text, config) for name, text in config.rewards.items()}
+        self.also = {text: _scorer(text, config) for text in config.also}
+        for scorer in self.rewards.values():
+            if unknown := [prompt.text for prompt in config.prompts if not scorer.knows(prompt.text)]:
+                raise ValueError(f"the reward {scorer.name} cannot score images of the prompt {unknown[0]!r}")
+        for cell in cells:
+            if cell.method == "rgg" and not (reward := self._steering(cell)).differentiable:
+                raise ValueError(f"rgg needs the gradient of its reward, and {reward.name} is not differentiable")
+        on_gpu = config.model is not None and torch.cuda.is_available()
+        dtype = DTYPES[config.dtype or ("bfloat16" if on_gpu else "float32")]
+        self.pipe: Any = open_pipeline(config.model or mini.MODEL, dtype)
+        set_scheduler(self.pipe, config.scheduler)
+        self.guidance = _guidance(config, self.pipe)
+        self._attached: tuple[Any, Knob] | None = None
+
+    @property
+    def model(self) -> dict[str, Any]:
+        """What the images depend on and the config does not say."""
+        dtype = str(self.pipe.dtype).removeprefix("torch.")
+        return {"denoiser": denoiser_hashes(self.pipe), "guidance": self.guidance, "dtype": dtype}
+
+    @property
+    def scorers(self) -> dict[str, Scorer]:
+        """Of the preference's rewards, then of those for the record alone."""
+        return {**self.rewards, **self.also}
+
+    def make(self, batch: Batch) -> Made:
+        """The images of a batch.
+
+        Raises:
+            ValueError: what the blend or the pipeline refuses; images that are not finite; too little memory.
+        """
+        from scale.baselines import metered
+
+        knob = self._prepare(batch.cell)
+        try:
+            with metered(self.pipe) as ledger:
+                images = self._images(batch, ledger)
+        except torch.OutOfMemoryError as error:
+            raise ValueError("the GPU has too little memory; use a smaller batch_size, or bfloat16") from error
+        certificate = knob.certificate if knob is not None else None
+        certificates = certificate.as_dicts() if certificate is not None else [None] * len(images)
+        return Made(images, dict(vars(ledger)), certificates)
+
+    def close(self) -> None:
+        """Detach what is attached."""
+        if self._attached is not None:
+            self._attached[1].detach()
+            self._attached = None
+
+    def _images(self, batch: Batch, ledger: Any) -> Tensor:
+        cell, config = batch.cell, self.config
+        common: dict[str, Any] = {"steps": config.steps, "guidance": self.guidance, "eta": config.eta}
+        if cell.method in STEERED:
+            from scale import baselines
+
+            steered = getattr(baselines, cell.method)
+            return steered(self.pipe, batch.pictures, self._steering(cell), **common, **cell.options, ledger=ledger)
+        drawn = draw(self.pipe, batch.pictures, **common, batch_size=len(batch.pictures), whole_prompts=cell.resamples)
+        return next(drawn)[1]
+
+    def _prepare(self, cell: Cell) -> Knob | None:
+        """The blend of a cell on the pipeline, and no other; None where it wants none."""
+        blend = cell.blend
+        key = blend and (blend[0], sorted(cell.adapters.items()), cell.options)
+        if self._attached is not None and self._attached[0] != key:
+            self.close()
+        if blend is None:
+            return None
+        method, preference = blend
+        if self._attached is None:
+            self._attached = (key, attach(self.pipe, cell.adapters, preference, method, **cell.options))
+        knob = self._attached[1]
+        knob.preference = preference
+        return knob
+
+    def _steering(self, cell: Cell) -> Mix:
+        """The reward of a cell's preference, without the terms that have no weight."""
+        return Mix([(weight, self.rewards[name]) for name, weight in cell.weights.items() if weight])
+
+
+def _scorer(text: str, config: Config) -> Scorer:
+    """The scorer of an expression, with the models of its own parts."""
+    names = {name for _, name in _terms(text)}
+    return parse_reward(text, {name: at for name, at in (config.reward_models or {}).items() if name in names})
+
+
+def _guidance(config: Config, pipe: Any) -> float | None:
+    """The guidance scale in force: the config's, the small world's, or the pipeline's own default."""
+    if config.guidance is not None:
+        return config.guidance
+    if config.model is None:
+        return mini.GUIDANCE
+    parameter = inspect.signature(pipe.__call__).parameters.get("guidance_scale")
+    return parameter.default if parameter is not None else None

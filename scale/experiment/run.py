@@ -1,0 +1,184 @@
+"""Running an experiment: any number of processes, killed and resumed at will, with the same result."""
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
+
+from scale.adapters import adapter_file
+from scale.experiment.config import Config
+from scale.experiment.entries import STEERED
+from scale.experiment.jobs import Batch, Skipped, keep, make_batches, plan
+from scale.experiment.make import Maker
+from scale.experiment.recorder import Recorder
+from scale.experiment.store import Store
+from scale.folder import sha256
+from scale.progress import progress_bar
+from scale.record import PACKAGES
+
+PATIENCE = timedelta(days=30)  # of a process that is done for the others
+NOT_IDENTITY = ("title", "figures")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended: images made before, now by all processes, and in all where there was no limit."""
+
+    before: int
+    made: int
+    total: int
+    results: Path | None
+
+
+class Stopped(KeyboardInterrupt):
+    """Ctrl-C: the message says what is done and how to go on."""
+
+
+def sweep(config: Config, out: Path, *, limit: int | None = None) -> Outcome:
+    """Make what a config describes and the folder does not yet hold; then assemble the table.
+
+    `limit` stops after so many images of each cell, rounded up to whole batches.
+
+    Raises:
+        ValueError: a folder of another experiment, or where another run is at work; what `plan` and `Maker` refuse;
+            a scorer that fails. What was finished stays, and a later run goes on from there.
+        OSError: a file that cannot be written.
+        Stopped: Ctrl-C.
+    """
+    state, store = processes(), Store(out)
+    cells, skipped = plan(config)
+    with claimed(store, state):
+        store.check(identity := identify(config))
+        maker = Maker(config, cells)
+        rewards = {name: scorer.name for name, scorer in maker.rewards.items()}
+        every = make_batches(config, cells, maker.model, rewards)
+        run = describe(config, identity | {"model_files": maker.model}, every, skipped)
+        store.check(run["identity"])
+        state.wait_for_everyone()  # all have read what was there
+        if state.is_main_process:
+            store.begin(run)
+        chosen = keep(every, limit)
+        pending = _agree([batch.index for batch in chosen if not store.is_done(batch)])
+        mine = [every[index] for index in pending][state.process_index :: state.num_processes]
+        _work(mine, maker, store, {"device": str(maker.pipe._execution_device), "versions": run["versions"]})
+        state.wait_for_everyone()
+        results = store.finish() if state.is_main_process else None
+    made = sum(len(every[index].pictures) for index in pending)
+    return Outcome(_count(chosen) - made, made, _count(every), results)
+
+
+def _work(mine: Sequence[Batch], maker: Maker, store: Store, facts: Mapping[str, Any]) -> None:
+    """Make, score and write this process's batches."""
+    recorder = Recorder(store, maker.scorers, facts)
+    try:
+        with progress_bar() as bar:
+            task = bar.add_task("images", total=_count(mine), note="")
+            for batch in mine:
+                bar.update(task, note=batch.cell.label)
+                if batch.cell.method in STEERED:  # asks the scorers, which need not bear two threads
+                    recorder.wait()
+                recorder.submit(batch, maker.make(batch))
+                bar.update(task, advance=len(batch.pictures))
+            recorder.wait()
+    except KeyboardInterrupt:
+        recorder.close()
+        done = sum(len(batch.pictures) for batch in mine if store.is_done(batch))
+        raise Stopped(
+            f"stopped: {done} of the {_count(mine)} images that this process had left to make are in {store.folder}; "
+            "the same command goes on from there"
+        ) from None
+    finally:
+        recorder.close()
+        maker.close()
+
+
+def processes() -> PartialState:
+    """This process's place among those that were launched; on a CPU each takes its share of the cores.
+
+    Raises:
+        ValueError: processes that do not know of each other.
+    """
+    state = PartialState(cpu=not torch.cuda.is_available(), timeout=PATIENCE)
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if launched != state.num_processes:  # each would make everything
+        raise ValueError(f"{launched} processes were launched, but only {state.num_processes} know of each other")
+    if state.num_processes > 1 and not torch.cuda.is_available():
+        here = int(os.environ.get("LOCAL_WORLD_SIZE", state.num_processes))
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // here))
+    return state
+
+
+@contextlib.contextmanager
+def claimed(store: Store, state: PartialState) -> Iterator[None]:
+    """Hold the folder's lock in every process; ValueError in all of them if the first cannot have it."""
+    refusal = None
+    if state.is_main_process:
+        try:
+            store.claim(alone=True)
+        except ValueError as error:
+            refusal = str(error)
+    if refusal := _agree(refusal):
+        raise ValueError(refusal)
+    try:
+        if not state.is_main_process:
+            store.claim(alone=False)
+        yield
+    finally:
+        store.release()
+
+
+def identify(config: Config) -> dict[str, Any]:
+    """What tells one experiment from another, as plain data: adapters by their hashes, rewards in their order."""
+    every = {name: value for name, value in asdict(config).items() if name not in NOT_IDENTITY}
+    return json.loads(json.dumps(_plain(every | {"rewards": list(config.rewards.items())})))
+
+
+def describe(
+    config: Config, identity: Mapping[str, Any], every: Sequence[Batch], skipped: Sequence[Skipped]
+) -> dict[str, Any]:
+    """What `run.json` says."""
+    return {
+        "title": config.title,
+        "rewards": list(config.rewards),
+        "also": list(config.also),
+        "figures": list(config.figures),
+        "jobs": _count(every),
+        "batches": len(every),
+        "identity": dict(identity),
+        "skipped": [asdict(cell) for cell in skipped],
+        "versions": {name: _version(name) for name in PACKAGES},
+    }
+
+
+def _plain(value: Any) -> Any:
+    """Data as JSON has it; a file by its hash."""
+    if isinstance(value, Path):
+        return sha256(adapter_file(value))
+    if isinstance(value, Mapping):
+        return {"+".join(key) if isinstance(key, tuple) else key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def _agree(value: Any) -> Any:
+    """The first process's value, in all of them."""
+    return broadcast_object_list([value])[0]
+
+
+def _count(batches: Sequence[Batch]) -> int:
+    return sum(len(batch.pictures) for batch in batches)
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"  # this one, when it runs from a checkout
