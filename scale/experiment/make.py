@@ -83,6 +83,11 @@ class Maker:
         certificates = certificate.as_dicts() if certificate is not None else [None] * len(images)
         return Made(images, dict(vars(ledger)), certificates)
 
+    def warm_up(self, batch: Batch) -> None:
+        """One step, whose images are thrown away: what happens once must not count as the first batch's cost."""
+        pictures = batch.pictures
+        next(draw(self.pipe, pictures, steps=1, guidance=self.guidance, batch_size=len(pictures)))
+
     def close(self) -> None:
         """Detach what is attached."""
         if self._attached is not None:

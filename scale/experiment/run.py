@@ -82,6 +82,8 @@ def _work(mine: Sequence[Batch], maker: Maker, store: Store, facts: Mapping[str,
     try:
         with progress_bar() as bar:
             task = bar.add_task("images", total=_count(mine), note="")
+            if mine:
+                maker.warm_up(mine[0])
             for batch in mine:
                 bar.update(task, note=batch.cell.label)
                 if batch.cell.method in STEERED:  # asks the scorers, which need not bear two threads
