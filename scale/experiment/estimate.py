@@ -69,7 +69,7 @@ def rows_an_image(cell: Cell, steps: int) -> float:
     if cell.blend is None:
         return steps
     method, preference = cell.blend
-    experts = sum(value != 0 for value in preference.weights.values())
+    experts = len([weight for weight in preference.values if weight != 0])
     if method == "mpa-held":
         first = math.ceil(cell.options.get("exact", 0.2) * steps)
         return first * experts + steps - first

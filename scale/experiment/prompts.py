@@ -58,10 +58,10 @@ def _tagged(path: Path) -> list[Prompt]:
             continue
         try:
             item = json.loads(line)
-            prompt = Prompt(item["prompt"], item.get("tag", ""))
+            text, tag = item["prompt"], item.get("tag", "")
+            if not isinstance(text, str) or not text.strip() or not isinstance(tag, str):
+                raise ValueError("no texts")
         except (ValueError, RecursionError, LookupError, TypeError, AttributeError) as error:
-            raise ValueError(f'of {path} need a "prompt" in line {place}, received {line!r:.60}') from error
-        if not isinstance(prompt.text, str) or not prompt.text.strip() or not isinstance(prompt.tag, str):
-            raise ValueError(f'of {path} need texts for "prompt" and "tag" in line {place}, received {line!r:.60}')
-        made.append(prompt)
+            raise ValueError(f'of {path} need texts as "prompt" and "tag": line {place} is {line!r:.60}') from error
+        made.append(Prompt(text, tag))
     return made

@@ -1,0 +1,263 @@
+"""A run makes what the config says, loses nothing when it fails, and goes on as if it had not."""
+
+import errno
+import json
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from scale.experiment import make, recorder, store
+from scale.experiment.config import Config, read_config
+from scale.experiment.run import Stopped, sweep
+from scale.experiment.store import Store, load
+from scale.rewards import load_scorer
+from scale.rewards.colorfulness import Colorfulness
+from tests.scale.experiment.fixtures import contents, write_config
+
+
+@pytest.fixture
+def config(files: Path) -> Config:
+    return read_config(str(write_config(files)))
+
+
+REWARDS = ("colorfulness", "jpeg")
+
+
+def pixels(run: Path) -> dict[str, np.ndarray]:
+    """Every image by its id, as whole numbers."""
+    return {path.stem: np.asarray(Image.open(path)).astype(int) for path in (run / "images").glob("*.png")}
+
+
+def test_the_table_says_what_the_images_are(finished: Path) -> None:
+    """30 rows; rewards are those of the files; weighted rewards and costs are what the cells ask for."""
+    what, frame = load(finished)
+    assert (what["missing"], len(frame), what["rewards"]) == (0, 30, ["colorfulness", "jpeg"])
+    assert frame["seed"].tolist() == [0, 1] * 15
+    assert frame["label"].tolist() == ["base"] * 6 + ["mpa"] * 12 + ["mpa-ls"] * 12
+    evaluations = frame.groupby("label")["evaluations"].unique().to_dict()
+    assert {label: list(rows) for label, rows in evaluations.items()} == {"base": [2], "mpa": [4], "mpa-ls": [2]}
+    scorers = {name: load_scorer(name) for name in REWARDS}
+    for row in frame.to_dict("records"):
+        image = torch.from_numpy(np.array(Image.open(finished / row["file"]))).permute(2, 0, 1)[None] / 255
+        for name, scorer in scorers.items():
+            assert row[f"reward.{name}"] == float(scorer.score(image, [row["prompt"]]))
+    known = frame[frame["label"] != "base"]
+    weighted = sum(known[f"weight.{name}"] * known[f"reward.{name}"] for name in scorers)
+    assert np.array_equal(known["weighted"], weighted)
+    assert frame[frame["label"] == "base"][["weighted", "kl_scale", "weight.jpeg", "certificate"]].isna().all(axis=None)
+    assert frame[frame["label"] == "mpa"][["certificate", "disagreement", "ess", "log_weight"]].notna().all(axis=None)
+
+
+def test_a_resumed_run_is_an_uninterrupted_one(config: Config, finished: Path, tmp_path: Path) -> None:
+    """After a limit, lost images and a lost record, the folder is the same; a finished run makes nothing."""
+    run = tmp_path / "run"
+    assert (first := sweep(config, run, limit=2)).made == 10
+    assert load(run)[0]["missing"] == first.total - 10 == 20
+    images, records = sorted((run / "images").glob("*")), sorted((run / "records").glob("*"))
+    images[3].unlink()
+    records[0].unlink()
+    (run / "records" / ".killed-abc.json").write_text("{")
+    sweep(config, run)
+    assert contents(run) == contents(finished)
+    assert sweep(config, run).made == 0
+
+
+def test_the_comparison_sees_what_depends_on_the_process(
+    config: Config, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The control: where noise depends on how often a process was asked, a resumed run is another one."""
+    calls, draw = [0], make.draw
+
+    def stateful(pipe: Any, pictures: Any, **options: Any) -> Any:
+        calls[0] += 1
+        moved = [make_picture(picture, calls[0]) for picture in pictures]
+        return draw(pipe, moved, **options)
+
+    def make_picture(picture: Any, shift: int) -> Any:
+        return type(picture)(picture.prompt, picture.index, picture.seed + shift)
+
+    monkeypatch.setattr(make, "draw", stateful)
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    sweep(config, whole)
+    for limit in (2, None):
+        calls[0] = 0
+        sweep(config, resumed, limit=limit)
+    assert contents(whole).keys() == contents(resumed).keys() == contents(finished).keys()
+    assert contents(whole) != contents(resumed)
+
+
+def test_images_do_not_depend_on_their_batch(files: Path, finished: Path, tmp_path: Path) -> None:
+    """Alone, or in other batches and another order of methods: within 1 of 255 of the same image."""
+    changes = {"batch_size": 5, "methods": ["mpa-ls", "base", "mpa"]}
+    sweep(read_config(str(write_config(files, "batched", **changes))), tmp_path)
+    ours, theirs = pixels(tmp_path), pixels(finished)
+    assert ours.keys() == theirs.keys()
+    assert max(int(np.abs(ours[job] - theirs[job]).max()) for job in ours) <= 1
+    jobs = sorted(ours)
+    assert min(int(np.abs(ours[a] - ours[b]).max()) for a, b in pairwise(jobs)) > 1  # the control
+
+
+def test_another_experiment_is_refused(files: Path, finished: Path) -> None:
+    """The message names what differs, before the model is loaded; a title may change."""
+    before = contents(finished)
+    with pytest.raises(ValueError, match=r"another methods, steps|another steps, methods|another .*steps"):
+        sweep(read_config(str(write_config(files, "other", steps=3, methods=["base"]))), finished)
+    assert contents(finished) == before
+    assert sweep(read_config(str(write_config(files, "retitled", title="T"))), finished).made == 0
+    sweep(read_config(str(write_config(files))), finished)
+
+
+def test_a_second_run_is_refused_while_the_first_lives(config: Config, finished: Path) -> None:
+    """One line that says so; the lock is free when its holder is gone."""
+    holder = Store(finished)
+    holder.claim(alone=True)
+    with pytest.raises(ValueError, match="another run is at work"):
+        sweep(config, finished)
+    holder.release()
+    assert sweep(config, finished).made == 0
+
+
+@contextmanager
+def small_files(size: int) -> Iterator[None]:
+    """The system refuses files of more bytes, as a full disk does."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def fail_at(monkeypatch: pytest.MonkeyPatch, where: Any, name: str, call: int, instead: Any) -> None:
+    """The `call`-th use of a function does something else."""
+    calls, real = [0], getattr(where, name)
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        calls[0] += 1
+        return (instead if calls[0] == call else real)(*args, **kwargs)
+
+    monkeypatch.setattr(where, name, counted)
+
+
+def assert_resumes(config: Config, run: Path, finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Something was kept, nothing half-made is there, and the run ends as it should."""
+    monkeypatch.undo()
+    assert 0 < len(load(run)[1]) < 30
+    assert not list(run.rglob(".*"))
+    sweep(config, run)
+    assert contents(run) == contents(finished)
+
+
+@pytest.mark.parametrize("name", ["_write_png", "_write_json"])
+def test_a_full_disk_keeps_the_rest(
+    config: Config, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """OSError where the system refuses an image or a record (here: by its size); the run can go on."""
+    write = getattr(store, name)
+
+    def refuse(*args: Any) -> None:
+        with small_files(64):
+            write(*args)
+
+    fail_at(monkeypatch, store, name, 9, refuse)
+    with pytest.raises(OSError, match="File too large"):
+        sweep(config, tmp_path)
+    assert_resumes(config, tmp_path, finished, monkeypatch)
+
+
+def no_space(*_: Any) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def crash(*_: Any) -> None:
+    raise RuntimeError("the weights are gone")
+
+
+def answer_nan(_: Any, images: torch.Tensor, prompts: Any) -> torch.Tensor:
+    return torch.full((len(images),), float("nan"))
+
+
+@pytest.mark.parametrize(
+    ("instead", "reason"), [(crash, "colorfulness.*the weights are gone"), (answer_nan, "colorfulness.*NaN")]
+)
+def test_a_scorer_that_fails_is_named(
+    config: Config, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, instead: Any, reason: str
+) -> None:
+    """A crash and NaN alike: ValueError with its name, what was finished stays, and the run can go on."""
+    fail_at(monkeypatch, Colorfulness, "_score", 6, instead)
+    with pytest.raises(ValueError, match=reason):
+        sweep(config, tmp_path)
+    assert_resumes(config, tmp_path, finished, monkeypatch)
+
+
+def test_an_interrupted_run_says_what_is_done(
+    config: Config, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C: what was made is still scored and written, and counted in the message."""
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    fail_at(monkeypatch, make.Maker, "make", 5, interrupt)
+    with pytest.raises(Stopped, match="8 of the 30 images"):
+        sweep(config, tmp_path)
+    assert len(load(tmp_path)[1]) == 8
+    assert_resumes(config, tmp_path, finished, monkeypatch)
+
+
+def test_at_most_two_batches_wait(config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However slow the scorers are, no more images are held in memory."""
+    waiting, submit = [], recorder.Recorder.submit
+
+    def watch(self: recorder.Recorder, *args: Any) -> None:
+        submit(self, *args)
+        waiting.append(len(self._pending))
+
+    monkeypatch.setattr(recorder.Recorder, "submit", watch)
+    sweep(config, tmp_path, limit=2)
+    assert waiting == [1, 2, 2, 2, 2]
+
+
+def test_steered_methods_run_beside_the_blends(files: Path, tmp_path: Path) -> None:
+    """CoDe scores its candidates, RGG takes gradients, and both are in the ledger; jpeg has no gradient: refused."""
+    methods = [{"method": "code", "candidates": 2, "block": 1}, {"method": "rgg", "alpha": 0.5}]
+    one = {"preferences": [{"colorfulness": 1.0}], "methods": methods}
+    sweep(read_config(str(write_config(files, "steered", **one))), tmp_path)
+    _, frame = load(tmp_path)
+    code, rgg = (frame[frame["method"] == name] for name in ("code", "rgg"))
+    assert (code["reward_calls"] > 0).all()
+    assert (code["gradients"] == 0).all()
+    assert (rgg["gradients"] > 0).all()
+    refused = write_config(files, "refused", methods=methods)
+    with pytest.raises(ValueError, match="rgg needs the gradient"):
+        sweep(read_config(str(refused)), tmp_path / "refused")
+    assert not (tmp_path / "refused" / "images").exists()
+
+
+def test_every_blend_runs(files: Path, tmp_path: Path) -> None:
+    """All methods of one sweep, attached one after the other, each with its options; labels tell them apart."""
+    both = str(files / "both")
+    experts = [{"weights": {"colorfulness": 0.4, "jpeg": 0.6}, "adapter": both}]
+    methods = [
+        {"method": "mpa-held", "exact": 0.5}, {"method": "msdda", "variances": dict.fromkeys(("base", *REWARDS), 1.5)},
+        {"method": "interp", "midpoints": {"colorfulness+jpeg": both}}, "rs", "rs-factors", "base",
+        {"method": "morl", "experts": experts}, {"method": "kla", "preferences": [{"jpeg": 1}], "lambdas": [1.5]},
+        {"method": "mpa", "correct": "resample"}, {"method": "mpa-ls", "order": "iid"},
+    ]  # fmt: skip
+    path = write_config(files, "every", methods=methods, preferences={"w": [0.4]}, prompt_limit=1)
+    sweep(read_config(str(path)), tmp_path)
+    what, frame = load(tmp_path)
+    assert what["missing"] == 0
+    assert frame["label"].nunique() == 10
+    assert frame.groupby("label")["sha256"].nunique().eq(2).all()
+    assert frame["sha256"].nunique() == 20
+    records = [json.loads(path.read_text()) for path in (tmp_path / "records").glob("*.json")]
+    assert {len(record["made_by"]["adapters"]) for record in records} == {0, 1, 2, 3}
