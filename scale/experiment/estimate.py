@@ -46,7 +46,7 @@ def estimate(config: Config, out: Path, *, limit: int | None = None) -> dict[str
             "preference": shown(cell),
             "images": sum(len(batch.pictures) for batch in batches if batch.cell is cell),
             "left": sum(len(batch.pictures) for batch in left if batch.cell is cell),
-            "evaluations": round(rows[id(cell)]),
+            "evaluations": rows[id(cell)],
             "seconds": _seconds(cell, config.steps, rows[id(cell)], row, image),
         }
         for cell in cells
@@ -62,8 +62,8 @@ def estimate(config: Config, out: Path, *, limit: int | None = None) -> dict[str
     }
 
 
-def rows_an_image(cell: Cell, steps: int) -> float:
-    """Rows that one image sends through the denoiser without guidance, on average."""
+def rows_an_image(cell: Cell, steps: int) -> int:
+    """Rows that one image sends through the denoiser without guidance."""
     if cell.method in STEERED:
         return steps * cell.options.get("candidates", 1)
     if cell.blend is None:
@@ -101,7 +101,7 @@ def duration(seconds: float) -> str:
     return f"{seconds:.0f} seconds"
 
 
-def _seconds(cell: Cell, steps: int, rows: float, row: float, image: float) -> float:
+def _seconds(cell: Cell, steps: int, rows: int, row: float, image: float) -> float:
     """Of one image; steered methods also decode on the way."""
     if cell.method == "code":
         decodes = cell.options["candidates"] * math.ceil(steps / cell.options["block"])
