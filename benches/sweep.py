@@ -1,5 +1,6 @@
-"""`python -m benches.sweep`: what `dblend sweep` costs beside the images themselves, and what a second process brings."""
+"""`python -m benches.sweep`: what `dblend sweep` costs beside the images, and what a second process brings."""
 
+import functools
 import json
 import os
 import statistics
@@ -128,6 +129,7 @@ def watched(function: Callable[..., Any], intervals: list[Interval]) -> Callable
     """The function, which notes when it ran, in whatever thread."""
     lock = threading.Lock()
 
+    @functools.wraps(function)  # the blend reads the denoiser's signature
     def call(*args: Any, **kwargs: Any) -> Any:
         start = time.perf_counter()
         try:
@@ -168,7 +170,7 @@ def measure(options: Options) -> list[Row]:
         config = read_config(str(path))
         bare = Bare(config)
         sweep = Sweep(config, bare.maker.pipe, folder)
-        with mock.patch("scale.experiment.make.open_pipeline", lambda *_: bare.maker.pipe):
+        with mock.patch("scale.experiment.make.open_pipeline", return_value=bare.maker.pipe):
             timings = take_turns({"sweep": sweep, "bare loop": bare}, options.repeats)
         rows = _rows(timings, statistics.median(sweep.shares[1:]))
         if options.processes:
