@@ -55,14 +55,14 @@ class Store:
         self._lock = os.open(self.folder / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
         try:
             fcntl.flock(self._lock, (fcntl.LOCK_EX if alone else fcntl.LOCK_SH) | fcntl.LOCK_NB)
+            if alone:
+                self._remove_leftovers()
+                fcntl.flock(self._lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError as error:
             self.release()
             raise ValueError(
                 f"another run is at work in {self.folder}; wait for it, or choose another folder"
             ) from error
-        if alone:
-            self._remove_leftovers()
-            fcntl.flock(self._lock, fcntl.LOCK_SH)
 
     def release(self) -> None:
         """Let another run have the folder."""
