@@ -12,8 +12,8 @@ from scale.experiment.entries import Entry, read_entries
 from scale.experiment.prompts import Prompt, find_prompts
 from scale.pipeline import DTYPES, SCHEDULERS
 from scale.rewards import check_reward
-from scale.rewards.expression import _terms
-from scale.train.experiment import _table
+from scale.rewards.expression import terms_of
+from scale.train.experiment import read_table
 
 CONFIGS = Path(__file__).parent / "configs"
 NEEDS_NO_ADAPTER = ("base", "morl", "code", "rgg")
@@ -69,7 +69,7 @@ def read_config(config: str, *, small: bool = False) -> Config:
     if not path.is_file():
         raise ValueError(f"no config {config!r}; give a YAML file, or one of {', '.join(config_names()) or 'none'}")
     where = f"the config {path.name if path == shipped else path}"
-    table = _table(path)
+    table = read_table(path)
     twin = table.pop("mini", None)
     if small and twin is None and table.get("model") is not None:
         raise ValueError(f"{where} has no mini: its keys would be those of the twin on the small world")
@@ -146,7 +146,7 @@ def _check_rewards(given: Mapping[str, Any]) -> None:
     """Every expression is one, and every reward model belongs to one."""
     models = given.get("reward_models", {})
     texts = (*given["rewards"].values(), *given.get("also", ()))
-    used = {name for text in texts for _, name in _terms(text) if name is not None}
+    used = {name for text in texts for _, name in terms_of(text) if name is not None}
     for name in sorted(used):
         check_reward(name, models.get(name))
     if unused := sorted(models.keys() - used):

@@ -16,7 +16,7 @@ from scale.experiment.entries import STEERED
 from scale.experiment.jobs import Batch, Cell
 from scale.pipeline import DTYPES, draw, open_pipeline, set_scheduler
 from scale.record import denoiser_hashes
-from scale.rewards.expression import _terms, parse_reward
+from scale.rewards.expression import parse_reward, terms_of
 from scale.rewards.protocol import Mix, Scorer
 
 
@@ -45,8 +45,9 @@ class Maker:
             if unknown := [prompt.text for prompt in config.prompts if not scorer.knows(prompt.text)]:
                 raise ValueError(f"the reward {scorer.name} cannot score images of the prompt {unknown[0]!r}")
         for cell in cells:
-            if cell.method == "rgg" and not (reward := self._steering(cell)).differentiable:
-                raise ValueError(f"rgg needs the gradient of its reward, and {reward.name} is not differentiable")
+            flat = [reward.name for _, reward in self._steering(cell) if not reward.differentiable]
+            if cell.method == "rgg" and flat:
+                raise ValueError(f"rgg needs the gradient of its rewards, and {', '.join(flat)} is not differentiable")
         on_gpu = config.model is not None and torch.cuda.is_available()
         dtype = DTYPES[config.dtype or ("bfloat16" if on_gpu else "float32")]
         self.pipe: Any = open_pipeline(config.model or mini.MODEL, dtype)
@@ -100,8 +101,10 @@ class Maker:
         if cell.method in STEERED:
             from scale import baselines
 
-            steered = getattr(baselines, cell.method)
-            return steered(self.pipe, batch.pictures, self._steering(cell), **common, **cell.options, ledger=ledger)
+            terms = self._steering(cell)
+            if cell.method == "rgg":  # which normalises each axis' own gradient, so a factor in its reward is no weight
+                return baselines.rgg(self.pipe, batch.pictures, terms, **common, **cell.options, ledger=ledger)
+            return baselines.code(self.pipe, batch.pictures, Mix(terms), **common, **cell.options, ledger=ledger)
         drawn = draw(self.pipe, batch.pictures, **common, batch_size=len(batch.pictures), whole_prompts=cell.resamples)
         return next(drawn)[1]
 
@@ -120,14 +123,14 @@ class Maker:
         knob.preference = preference
         return knob
 
-    def _steering(self, cell: Cell) -> Mix:
-        """The reward of a cell's preference, without the terms that have no weight."""
-        return Mix([(weight, self.rewards[name]) for name, weight in cell.weights.items() if weight])
+    def _steering(self, cell: Cell) -> list[tuple[float, Scorer]]:
+        """The weights and rewards of a cell's preference, without those that have no weight."""
+        return [(weight, self.rewards[name]) for name, weight in cell.weights.items() if weight]
 
 
 def _scorer(text: str, config: Config) -> Scorer:
     """The scorer of an expression, with the models of its own parts."""
-    names = {name for _, name in _terms(text)}
+    names = {name for _, name in terms_of(text)}
     return parse_reward(text, {name: at for name, at in (config.reward_models or {}).items() if name in names})
 
 

@@ -28,7 +28,7 @@ def parse_reward(text: str, models: Mapping[str, str | Path] | None = None) -> S
             finite, a name that no reward has, a model that the sum does not use, a reward without its weights.
     """
     models, weights, shift = models or {}, {}, 0.0
-    for number, name in _terms(text):
+    for number, name in terms_of(text):
         if name is None:
             shift += number
         else:
@@ -44,7 +44,7 @@ def parse_reward(text: str, models: Mapping[str, str | Path] | None = None) -> S
     return terms[0][1] if [weight for weight, _ in terms] == [1.0] and not shift else Mix(terms, shift)
 
 
-def _terms(text: str) -> Iterator[tuple[float, str | None]]:
+def terms_of(text: str) -> Iterator[tuple[float, str | None]]:
     """Each term's number with its sign, and its name; None for a constant."""
     whole = rest = text.strip()
     while rest:

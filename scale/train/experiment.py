@@ -132,7 +132,7 @@ def read_config(config: str) -> Experiment:
     path = shipped if config in config_names() else Path(config)
     if not path.is_file():
         raise ValueError(f"no config {config!r}; give a YAML file, or one of {', '.join(config_names())}")
-    table = _table(path)
+    table = read_table(path)
     settings = table.pop("settings", None) or {}
     prompts = table.pop("prompts", None) or []
     if not isinstance(settings, dict) or not isinstance(prompts, list):
@@ -151,7 +151,12 @@ def read_config(config: str) -> Experiment:
     return Experiment(**values, prompts=tuple(prompts), settings=settings)
 
 
-def _table(path: Path) -> dict[str, Any]:
+def read_table(path: Path) -> dict[str, Any]:
+    """The table that a YAML file of a stranger holds.
+
+    Raises:
+        ValueError: a file that cannot be read, is too large, holds anchors or tags, or is no table.
+    """
     try:
         if path.stat().st_size > LARGEST_CONFIG:
             raise ValueError(f"more than {LARGEST_CONFIG} bytes")
