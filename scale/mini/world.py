@@ -92,12 +92,12 @@ def render(things: tuple[Thing, ...], rng: np.random.Generator) -> np.ndarray:
     radius = (0.22, 0.34) if len(things) == 1 else (0.15, 0.21)
     for thing, centre in zip(things, centres, strict=True):
         x, y = (np.array([centre, 0.5]) + rng.uniform((-0.03, -0.12), (0.03, 0.12))) * big
-        outline = _outline(thing.shape, rng.uniform(*radius) * big, rng.uniform(-0.2, 0.2))
+        polygon = outline(thing.shape, rng.uniform(*radius) * big, rng.uniform(-0.2, 0.2))
         shade = np.clip(np.array(COLOURS[thing.colour]) + rng.normal(0, 6, 3), 0, 255).astype(int)
-        hole = _outline("circle", 0.5 * float(np.abs(outline).max()), 0.0) if thing.shape == "ring" else None
+        hole = outline("circle", 0.5 * float(np.abs(polygon).max()), 0.0) if thing.shape == "ring" else None
         mask = Image.new("L", image.size)
         stencil = ImageDraw.Draw(mask)
-        stencil.polygon([(x + dx, y + dy) for dx, dy in outline], fill=255)
+        stencil.polygon([(x + dx, y + dy) for dx, dy in polygon], fill=255)
         if hole is not None:
             stencil.polygon([(x + dx, y + dy) for dx, dy in hole], fill=0)
         draw.bitmap((0, 0), mask, fill=tuple(int(v) for v in shade))
@@ -119,7 +119,7 @@ def _background(size: int, rng: np.random.Generator) -> np.ndarray:
     return np.clip(base + pattern[..., None], 0, 255).astype(np.uint8)
 
 
-def _outline(shape: str, radius: float, tilt: float) -> np.ndarray:
+def outline(shape: str, radius: float, tilt: float) -> np.ndarray:
     """The polygon (k, 2) of a shape about the origin, y downwards, inscribed in about `radius`."""
     turn = np.array([[math.cos(tilt), -math.sin(tilt)], [math.sin(tilt), math.cos(tilt)]])
     return radius * _unit_outline(shape) @ turn.T
