@@ -1,4 +1,4 @@
-"""What a picture of the small world shows, found by geometry alone: nothing is learnt, nothing is shared with the judge.
+"""What a picture of the small world shows, by geometry alone: nothing is learnt, nothing is shared with the judge.
 
 An object is a region far from the dull background: colourful, nearly black or nearly white. Its colour is the nearest
 named one; its shape is the outline of `world` that covers it best (intersection over union) at equal area and centre.
@@ -6,7 +6,7 @@ named one; its shape is the outline of `world` that covers it best (intersection
 
 import math
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float
@@ -46,8 +46,10 @@ def detect(image: np.ndarray) -> list[Found]:
         )
     pixels = image.astype(float)
     regions = _regions(pixels)
-    clear = ~ndimage.binary_dilation(np.logical_or.reduce(regions), iterations=2) if regions else None
-    if clear is None or not clear.any():
+    if not regions:
+        return []
+    clear = ~_grow(np.logical_or.reduce(regions))
+    if not clear.any():
         return []
     background = np.median(pixels[clear], axis=0)
     return sorted((_describe(pixels, region, background) for region in regions), key=lambda found: found.x)
@@ -56,7 +58,7 @@ def detect(image: np.ndarray) -> list[Found]:
 def _regions(pixels: Float[np.ndarray, "h w 3"]) -> list[Bool[np.ndarray, "h w"]]:
     """Connected regions unlike any background; one of two colours is parted by the nearer colour."""
     low, high = pixels.min(-1), pixels.max(-1)
-    labels, count = ndimage.label((high - low > CHROMA) | (high < DARK) | (low > BRIGHT))
+    labels, count = _label((high - low > CHROMA) | (high < DARK) | (low > BRIGHT))
     nearest = _nearest(pixels)
     regions = []
     for region in (labels == number for number in range(1, count + 1)):
@@ -70,8 +72,19 @@ def _regions(pixels: Float[np.ndarray, "h w 3"]) -> list[Bool[np.ndarray, "h w"]
     return regions
 
 
+def _label(mask: Bool[np.ndarray, "h w"]) -> tuple[np.ndarray, int]:
+    """The connected regions of a mask, numbered from 1, and how many there are."""
+    found: Any = ndimage.label(mask)
+    return found[0], int(found[1])
+
+
+def _grow(mask: Bool[np.ndarray, "h w"]) -> Bool[np.ndarray, "h w"]:
+    """With its edges: two pixels further."""
+    return np.asarray(ndimage.binary_dilation(mask, iterations=2))
+
+
 def _largest(mask: Bool[np.ndarray, "h w"]) -> Bool[np.ndarray, "h w"]:
-    labels, count = ndimage.label(mask)
+    labels, count = _label(mask)
     return mask if count < 2 else labels == 1 + np.argmax(np.bincount(labels.ravel())[1:])
 
 
@@ -84,25 +97,26 @@ def _describe(
     pixels: Float[np.ndarray, "h w 3"], region: Bool[np.ndarray, "h w"], background: Float[np.ndarray, "3"]
 ) -> Found:
     """Colour by the region's inside; shape by how much of each pixel the object covers, edges included."""
-    inside = ndimage.binary_erosion(region)
-    colour = np.median(pixels[inside if inside.any() else region], axis=0)
+    inside = np.asarray(ndimage.binary_erosion(region))
+    colour = np.median(pixels[np.where(inside.any(), inside, region)], axis=0)
     towards = colour - background
     # a pixel on the edge mixes both colours: where it lies between them is the share that is covered
     cover = np.clip((pixels - background) @ towards / (towards @ towards), 0, 1)
-    cover = np.where(ndimage.binary_dilation(region, iterations=2), cover, 0)
+    cover = np.where(_grow(region), cover, 0)
     cover = np.where(cover > 0.25, cover, 0)
-    y, x = ndimage.center_of_mass(cover)
+    rows, columns = np.indices(cover.shape)
+    y, x = (float((place * cover).sum() / cover.sum()) for place in (rows, columns))
     overlaps = _overlaps(cover, x, y)
     best = int(overlaps.argmax())
     shape = world.SHAPES[best] if overlaps[best] >= CLEAR else "unclear"
-    return Found(list(world.COLOURS)[int(_nearest(colour))], shape, float(overlaps[best]), float(x), float(y))
+    return Found(list(world.COLOURS)[int(_nearest(colour))], shape, float(overlaps[best]), x, y)
 
 
 def _overlaps(cover: Float[np.ndarray, "h w"], x: float, y: float) -> Float[np.ndarray, " shapes"]:
     """The best intersection over union with each shape over its tilts, once centred and scaled to equal area."""
     zoom = math.sqrt(cover.sum() / AREA)
     middle = (SIDE - 1) / 2
-    offset = (y - zoom * middle, x - zoom * middle)
+    offset: Any = (y - zoom * middle, x - zoom * middle)  # a number for each axis, which its stubs forget
     seen = ndimage.affine_transform(cover, np.array([zoom, zoom]), offset, (SIDE, SIDE), order=1)
     bank = _templates()
     both, either = np.minimum(bank, seen).sum((-2, -1)), np.maximum(bank, seen).sum((-2, -1))
