@@ -1,6 +1,7 @@
 """The command `dblend report`: the tables and figures of one or more sweeps."""
 
 import json
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,12 +32,17 @@ class Report:
 
 
 def _summary(found: dict[str, Any]) -> str:
-    """The claims by verdict, what was left out, and where the files lie."""
+    """The claims, those that did not reproduce one by one; what was left out, and where the files lie."""
+    rows = found["tables"].get("claims", ())
     lines = [
         f"{row['verdict']:>16}  {row['claim']}, {row['where']}: {row['measured']} = {_interval(row)}, "
         f"goal {row['goal']}"
-        for row in found["tables"].get("claims", ())
+        for row in rows
+        if row["verdict"] != "reproduced"
     ]
+    places = Counter(row["claim"] for row in rows)
+    for claim, count in Counter(row["claim"] for row in rows if row["verdict"] == "reproduced").items():
+        lines.append(f"{'reproduced':>16}  {claim}, at {count} of {places[claim]}")
     lines += [f"left out: {name} ({why})" for name, why in found["left_out"].items()]
     if found["missing"]:
         lines.append(f"unfinished: {found['missing']} images have yet to be made")

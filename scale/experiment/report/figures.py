@@ -8,7 +8,7 @@ from scale.experiment.report.bootstrap import estimate
 from scale.experiment.report.claims import uniform_preferences
 from scale.experiment.report.frame import Frame, Results, pair, reward_columns, select
 from scale.experiment.report.front import at_one_scale
-from scale.experiment.report.means import base_of, difference, mean
+from scale.experiment.report.means import above_base, base_of, difference
 from scale.experiment.report.style import BASE, NAMES, curve, finish, look, make_figure
 
 INTERVAL = "bars: 95 % intervals over prompts"
@@ -23,18 +23,17 @@ def pareto(results: Results) -> Figure | str:
     rows = at_one_scale(results)
     columns = reward_columns(results.rewards)
     for label in results.labels():
-        part, method = select(rows, label), results.method(label)
+        method = results.method(label)
         names = results.preferences()[:1] if method == "base" else results.preferences()
-        cells = [cell for name in names if len(cell := part[part["preference"] == name])]
+        cells = [(cell, base_of(results, name)) for name in names if len(cell := select(rows, label, name))]
         if not cells:
             continue
-        first, second = ([mean(cell, column) for cell in cells] for column in columns)
-        style = _style(results, label)
+        first, second = ([above_base(cell, base, column) for cell, base in cells] for column in columns)
         reach = [[e.value - e.low for e in first], [e.high - e.value for e in first]]
         xerr = np.nan_to_num(np.abs(np.array(reach)))
-        dashed = {"linestyle": "--"} if method == "morl" else {}
-        curve(axis, [e.value for e in first], second, xerr=xerr, elinewidth=0.6, **style, **dashed)
-    title = f"means over the weight of {results.rewards[0]} ({INTERVAL})"
+        x = [e.value for e in first]
+        curve(axis, x, second, xerr=xerr, elinewidth=0.8, **_style(results, label), **_dashed(method))
+    title = f"means over the weight of {results.rewards[0]} (bars: 95 % intervals of the gain over base)"
     finish(axis, title, xlabel=results.rewards[0], ylabel=results.rewards[1])
     return figure
 
@@ -56,8 +55,8 @@ def weighted(results: Results) -> Figure | str:
             for name in results.preferences()
             if len(both := pair(select(rows, label, name), base_of(results, name)))
         }
-        dashed = {"linestyle": "--"} if results.method(label) == "morl" else {}
-        curve(axis, list(pairs), [difference(both) for both in pairs.values()], **_style(results, label), **dashed)
+        style = _style(results, label) | _dashed(results.method(label))
+        curve(axis, list(pairs), [difference(both) for both in pairs.values()], **style)
     axis.axhline(0, color=BASE, linewidth=0.8)
     first, second = results.rewards
     finish(axis, f"weighted reward, gain over the base model ({INTERVAL})", xlabel=f"w, the weight of {first}",
@@ -76,15 +75,15 @@ def over_lambda(results: Results) -> Figure | str:
         base = base_of(results, preference)
         for label in results.labels():
             part = select(results.frame, label, preference)
-            if results.method(label) == "base" or part.empty:
+            if results.method(label) == "base" or part["kl_scale"].nunique() < 2:
                 continue
-            points = {float(str(scale)): mean(rows, "weighted") for scale, rows in part.groupby("kl_scale")}
+            points = {float(scale): above_base(rows, base, "weighted") for scale, rows in part.groupby("kl_scale")}
             if len(base) and results.method(label) != "morl" and 0.0 not in points:
-                points = {0.0: mean(base, "weighted"), **points}  # lambda 0 is the base model
+                points = {0.0: above_base(base, base, "weighted"), **points}  # lambda 0 is the base model
             line = {"linestyle": "none"} if results.method(label) == "morl" else {}
             curve(axis, list(points), list(points.values()), **_style(results, label), **line)
         reward = _named(results, preference)
-        finish(axis, f"{reward} ({INTERVAL})", xlabel="lambda", ylabel=reward)
+        finish(axis, f"{reward} (bars: 95 % intervals of the gain over base)", xlabel="lambda", ylabel=reward)
     return figure
 
 
@@ -170,6 +169,11 @@ def _agreement(both: Frame) -> object:
         return covariance / np.sqrt((m[..., 3] - m[..., 0] ** 2) * (m[..., 4] - m[..., 1] ** 2))
 
     return estimate(np.stack([x, y, x * y, x * x, y * y], 1), list(means.index), correlation)
+
+
+def _dashed(method: str) -> dict[str, str]:
+    """Retrained models are no blend."""
+    return {"linestyle": "--"} if method == "morl" else {}
 
 
 def _style(results: Results, label: str) -> dict[str, str]:

@@ -21,11 +21,13 @@ def hypervolume(
 def front_table(results: Results) -> Frame:
     """Each label's hypervolume, twice: of its own preferences and images, and of those that all labels share.
 
-    Only fronts at one KL scale, the one with most images, and of labels with two preferences or more; base is a point.
-    The reference point is the worst mean of any cell there, base included, in each reward; it stays where it is while
-    the bootstrap resamples. More preferences make a larger front, so only the shared column compares methods.
+    Rewards are gains over the base model's image of the same prompt and seed, where there is one: prompts differ more
+    than methods do. Only fronts at one KL scale, the one with most images, and of labels with two preferences or more;
+    base is the origin. The reference point is the worst mean of any cell there, base included, in each reward; it
+    stays where it is while the bootstrap resamples. More preferences make a larger front, so only the shared column
+    compares methods.
     """
-    rows = at_one_scale(results)
+    rows = _over_base(at_one_scale(results), reward_columns(results.rewards))
     fronts = {label: select(rows, label) for label in results.labels()}
     curves = [label for label in results.labels() if results.method(label) != "base"]
     several = [label for label in curves if fronts[label]["preference"].nunique() > 1]
@@ -39,9 +41,19 @@ def front_table(results: Results) -> Frame:
     table = []
     for label, part in [*zip(several, shared, strict=True), *bases.items()]:
         own = _volume(fronts[label], columns, reference)
-        row = {"label": label, "preferences": fronts[label]["preference"].nunique(), "hypervolume": own}
+        count = fronts[label]["preference"].nunique() if label in several else None
+        row = {"label": label, "preferences": count, "hypervolume": own}
         table.append(row | {"shared preferences": len(common), "shared": _volume(part, columns, reference)})
     return pd.DataFrame(table).assign(reference=[", ".join(f"{v:.4g}" for v in reference)] * len(table))
+
+
+def _over_base(rows: Frame, columns: list[str]) -> Frame:
+    """The rows with gains over base in place of rewards; as they are where there is no base."""
+    base = rows[rows["method"] == "base"].drop_duplicates(IMAGE).set_index(IMAGE)[columns]
+    if base.empty:
+        return rows
+    both = rows.join(base.add_suffix(" of base"), on=IMAGE, how="inner")
+    return both.assign(**{column: both[column] - both[f"{column} of base"] for column in columns})
 
 
 def at_one_scale(results: Results) -> Frame:

@@ -1,6 +1,7 @@
 """Means with intervals: rewards and costs of every cell, gains over the base model, shares of MORL's gain."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -58,6 +59,19 @@ def difference(both: Frame, column: str = "weighted") -> Estimate:
     """The mean of the first cell minus the second's, over a joined pair."""
     values = both[f"0.{column}"] - both[f"1.{column}"]
     return estimate(values.to_numpy(float)[:, None], both["prompt"].tolist())
+
+
+def above_base(part: Frame, base: Frame, column: str) -> Estimate:
+    """The base model's mean plus the paired gain over it, whose interval it has; a plain mean where base is lacking.
+
+    Prompts differ more than methods do: this interval says how well methods can be told apart. It also puts methods
+    that saw fewer prompts on the others' scale.
+    """
+    both = pair(part, base, columns=[column])
+    if both.empty:
+        return mean(part, column)
+    level, gain = float(base[column].mean()), difference(both, column)
+    return replace(gain, value=level + gain.value, low=level + gain.low, high=level + gain.high)
 
 
 def share_table(results: Results) -> Frame:

@@ -46,9 +46,9 @@ def comparison(results: Results) -> Frame:
     for table in published()["tables"]:
         for w, line in (table["rows"] or {}).items():
             for method, cell in line.items():
-                row = {"paper": f"Table {table['table']}", "model": table["model"], "at": _place(table, w)}
+                row = {"paper": f"Table {table['table']}, {table['model']}", "at": _place(table, w)}
                 numbers = ", ".join("missing" if value is None else f"{value:g}" for value in cell)
-                row |= {"method": NAMES[method], table_values(table): numbers}
+                row |= {"method": NAMES[method], "prints": table["values"], "printed": numbers}
                 row |= {"paper's gain": weighted_gain(table, w, method)}
                 rows.append(row | _ours(results, table, w, method))
     return pd.DataFrame(rows)
@@ -79,9 +79,17 @@ def label_of_models(results: Results) -> str:
     return f"Ours: {results.model}, rewards {rewards}, adapters of our own training; each row names the paper's model."
 
 
-def table_values(table: Mapping[str, Any]) -> str:
-    """The column that holds a table's numbers."""
-    return "paper's rewards" if table["values"] == "rewards" else "paper's gains"
+def time_table(results: Results) -> Frame:
+    """Seconds an image of the paper's Table 1 and of ours, and both as multiples of the base model's."""
+    seconds = published()["tables"][0]["seconds"]
+    ours = {method: results.frame.loc[results.frame["method"] == method, "seconds"].mean() for method in seconds}
+    return pd.DataFrame([
+        {
+            "method": NAMES[method], "paper": value, "paper / SD": value / seconds["base"],
+            "ours": ours[method], "ours / base": ours[method] / ours["base"],
+        }
+        for method, value in seconds.items()
+    ])  # fmt: skip
 
 
 def _place(table: Mapping[str, Any], w: float) -> str:

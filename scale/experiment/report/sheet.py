@@ -43,14 +43,14 @@ def sheet(results: Results) -> Figure | str:
         axes = block.subplots(len(labels), len(titles), squeeze=False)
         images = rows[(rows["prompt"] == prompt) & (rows["seed"] == seed)]
         base = images[images["method"] == "base"]
-        for line, label in zip(axes, labels, strict=True):
+        for place, (line, label) in enumerate(zip(axes, labels, strict=True)):
             line[0].set_ylabel(label, rotation=0, ha="right", va="center", fontsize=8)
             part = select(images, label)
             cells = [base, *(part[part[key] == column] for column in columns)]
             for axis, cell, title in zip(line, cells, titles, strict=True):
                 axis.set(xticks=[], yticks=[])
                 axis.spines[:].set_visible(False)
-                if line is axes[0]:
+                if place == 0:
                     axis.set_title(title, fontsize=8)
                 if (pixels := _pixels(cell)) is not None:
                     axis.imshow(pixels, interpolation="nearest")

@@ -12,11 +12,11 @@ from dbtheory.files import write_atomically
 from scale.experiment.report.bootstrap import Estimate
 from scale.experiment.report.frame import Frame
 
-LONGEST = 60  # rows of a table on the page; the CSV has all
+LONGEST = 120  # rows of a table on the page; the CSV has all
 
 
 def markdown(table: Frame) -> str:
-    """A table with estimates as `mean [low, high]`, cut to 60 rows."""
+    """A table with estimates as `mean [low, high]`, cut to 120 rows."""
     if table.empty:
         return ""
     head = [str(column) for column in table.columns]
