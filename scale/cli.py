@@ -227,6 +227,7 @@ def _toy(name: str, out: Path, seed: int) -> dict[str, Any]:
 
 
 def _commands() -> Any:
+    from scale.cli_report import Report
     from scale.cli_sweep import Sweep
     from scale.cli_train import Train
 
@@ -237,6 +238,7 @@ def _commands() -> Any:
         | Annotated[Generate, subcommand("generate")]
         | Annotated[Train, subcommand("train")]
         | Annotated[Sweep, subcommand("sweep")]
+        | Annotated[Report, subcommand("report")]
     )
 
 
