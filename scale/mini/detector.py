@@ -109,7 +109,7 @@ def _describe(
     overlaps = _overlaps(cover, x, y)
     best = int(overlaps.argmax())
     shape = world.SHAPES[best] if overlaps[best] >= CLEAR else "unclear"
-    return Found(list(world.COLOURS)[int(_nearest(colour))], shape, float(overlaps[best]), x, y)
+    return Found(list(world.COLOURS)[int(_nearest(colour[None])[0])], shape, float(overlaps[best]), x, y)
 
 
 def _overlaps(cover: Float[np.ndarray, "h w"], x: float, y: float) -> Float[np.ndarray, " shapes"]:

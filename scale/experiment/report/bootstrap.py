@@ -11,7 +11,7 @@ from scipy import stats
 DRAWS, LEVEL, SEED = 2000, 0.95, 2026
 NAN = float("nan")
 
-Statistic = Callable[[Float[np.ndarray, "*draws k"]], Float[np.ndarray, "*draws"]]
+Statistic = Callable[[Float[np.ndarray, "draws k"]], Float[np.ndarray, " draws"]]
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ def estimate(values: Float[np.ndarray, "n k"], prompts: Sequence[str], statistic
     sums = np.stack([np.bincount(index, column) for column in np.asarray(values, dtype=float).T], 1)
     picks = _picks(len(counts))
     drawn = take(picks @ sums / (picks @ counts)[:, None])
-    value = float(take(sums.sum(0) / counts.sum()))
+    value = float(take(sums.sum(0, keepdims=True) / counts.sum())[0])
     low, high = _percentiles(drawn)
     return Estimate(value, low, high, len(values), len(counts), unit)
 

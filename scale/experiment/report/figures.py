@@ -18,7 +18,7 @@ def pareto(results: Results) -> Figure | str:
     """Means of two rewards: each method a curve over its weights, base and single preferences points."""
     if len(results.rewards) != 2:
         return f"the Pareto figure takes two rewards, the run has {len(results.rewards)}"
-    figure = make_figure(7, 5)
+    figure = make_figure(7.0, 5.0)
     axis = figure.subplots()
     rows = at_one_scale(results)
     columns = reward_columns(results.rewards)
@@ -44,7 +44,7 @@ def weighted(results: Results) -> Figure | str:
         return f"the weighted figure takes two rewards, the run has {len(results.rewards)}"
     if not results.labels("base"):
         return "the weighted figure shows gains over base, which the run lacks"
-    figure = make_figure(7, 4.5)
+    figure = make_figure(7.0, 4.5)
     axis = figure.subplots()
     rows = at_one_scale(results)
     for label in results.labels():
@@ -92,12 +92,12 @@ def rewards_count(results: Results) -> Figure | str:
     uniform = uniform_preferences(results)
     if len(uniform) < 2 or not results.labels("base"):
         return "the rewards-count figure takes base, and equal weights on at least two numbers of rewards"
-    figure = make_figure(6, 4.2)
+    figure = make_figure(6.0, 4.2)
     axis = figure.subplots()
     rows = at_one_scale(results)
     for label in results.labels():
         pairs = {
-            count: both
+            float(count): both
             for count, name in sorted(uniform.items())
             if len(both := pair(select(rows, label, name), base_of(results, name)))
         }
@@ -118,7 +118,7 @@ def certificate(results: Results) -> Figure | str:
     points = certificate_points(results)
     if points.empty:
         return "the certificate figure takes blends with certificates and MORL at the same preferences"
-    figure = make_figure(11, 4.2)
+    figure = make_figure(11.0, 4.2)
     for axis, column in zip(figure.subplots(1, 2), ("certificate", "disagreement"), strict=True):
         for label, part in points.groupby("label", sort=False):
             part = part.sort_values(column)

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -47,12 +48,15 @@ class Results:
 
     def labels(self, *methods: str) -> list[str]:
         """The labels in order of appearance; of these methods alone if any is given."""
-        rows = self.frame[self.frame["method"].isin(methods)] if methods else self.frame
-        return list(dict.fromkeys(rows["label"]))
+        return [label for label, method in self._methods.items() if not methods or method in methods]
 
     def method(self, label: str) -> str:
         """The method that a label names a variant of."""
-        return str(self.frame.loc[self.frame["label"] == label, "method"].iloc[0])
+        return self._methods[label]
+
+    @cached_property
+    def _methods(self) -> dict[str, str]:
+        return dict(self.frame.drop_duplicates("label").set_index("label")["method"])
 
     def preferences(self) -> list[str]:
         """Names of the preferences, the first reward's weight rising."""
@@ -73,7 +77,7 @@ def load_results(folders: Sequence[Path]) -> Results:
             about an image of the same label, preference, prompt and seed.
     """
     if not folders:
-        raise ValueError("nothing to report on; give the folder of a run, or several of the same rewards")
+        raise ValueError("nothing to report on; give the folder of a run, or of several of the same rewards")
     loaded = [load(folder) for folder in folders]
     # an image is looked for in its run's folder alone, whatever its record says
     places = [
@@ -146,7 +150,7 @@ def _under_preferences(frame: Frame, rewards: Sequence[str]) -> Frame:
     others["kl_scale"] = others["kl_scale"].fillna(1.0)
     whole = pd.concat([base[frame.columns], others], ignore_index=True) if len(base) else others.reset_index(drop=True)
     weights = whole[columns].to_numpy(float)
-    names = [preference_name(row) for row in weights]
+    names = [preference_name(row) for row in weights.tolist()]
     weighted = (weights * whole[reward_columns(rewards)].to_numpy(float)).sum(1)
     return whole.assign(preference=names, weighted=weighted)
 

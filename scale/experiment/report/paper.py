@@ -44,7 +44,7 @@ def comparison(results: Results) -> Frame:
     """A row for each cell that the paper prints: its numbers, its weighted gain over SD, and ours if there is one."""
     rows = []
     for table in published()["tables"]:
-        for w, line in (table["rows"] or {}).items():
+        for w, line in _rows(table):
             for method, cell in line.items():
                 row = {"paper": f"Table {table['table']}, {table['model']}", "at": _place(table, w)}
                 numbers = ", ".join("missing" if value is None else f"{value:g}" for value in cell)
@@ -92,8 +92,13 @@ def time_table(results: Results) -> Frame:
     ])  # fmt: skip
 
 
+def _rows(table: Mapping[str, Any]) -> list[tuple[float, Mapping[str, Any]]]:
+    """The weight of the first reward (in Table 6 the number of rewards), and the cells there by method."""
+    return [(float(w), line) for w, line in (table["rows"] or {}).items()]
+
+
 def _place(table: Mapping[str, Any], w: float) -> str:
-    return f"{w} rewards" if table["table"] == 6 else f"w = {w:g}"
+    return f"{w:g} rewards" if table["table"] == 6 else f"w = {w:g}"
 
 
 def _ours(results: Results, table: Mapping[str, Any], w: float, method: str) -> dict[str, Any]:
@@ -140,7 +145,7 @@ def missing_numbers() -> list[str]:
             continue
         found += [
             f"Table {table['table']}, {_place(table, w)}: {NAMES[method]}, reward {1 + k}"
-            for w, line in rows.items() for method, cell in line.items()
+            for w, line in _rows(table) for method, cell in line.items()
             for k in np.flatnonzero([value is None for value in cell])
         ]  # fmt: skip
     return found

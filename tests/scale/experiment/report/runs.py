@@ -30,6 +30,7 @@ def write_run(
     rewards: Sequence[str] = REWARDS,
     effect: Effect = gains,
     pictures: int = 0,
+    figures: Sequence[str] = (),
     unmade: int = 0,
     **identity: Any,
 ) -> Path:
@@ -44,7 +45,13 @@ def write_run(
     (folder / "records").mkdir(parents=True)
     (folder / "images").mkdir()
     size = prompts * len(seeds)
-    run = {"title": "A test", "rewards": list(rewards), "also": ["jpeg"], "figures": [], "jobs": size * len(cells)}
+    run = {
+        "title": "A test",
+        "rewards": list(rewards),
+        "also": ["jpeg"],
+        "figures": list(figures),
+        "jobs": size * len(cells),
+    }
     run |= {"identity": {"model": None, "rewards": list(rewards), "steps": 20, **identity}, "skipped": []}
     (folder / "run.json").write_text(json.dumps(run))
     for number, (method, weights, kl_scale) in enumerate(cells[: len(cells) - unmade]):
