@@ -1,6 +1,7 @@
 """The detector names what renders show, whatever the background, and refuses what they do not show."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pytest
@@ -45,13 +46,13 @@ def test_right_captions_pass_and_wrong_ones_fail(
 ) -> None:
     """Every tag passes on the renders' captions; the control, the captions of other things, fails nearly always."""
     things, images = renders
-    right = check(images, [world.caption(each) for each in things])
+    right: Any = check(images, [world.caption(each) for each in things])
     assert list(right.columns) == list(TAGS)
     for tag in TAGS:
         answered = right[tag].dropna()
         assert len(answered) >= PICTURES // 2
         assert not too_few(int(answered.sum()), len(answered), 0.95)
-    wrong = check(images, [world.caption(tuple(_other(thing) for thing in each)) for each in things])
+    wrong: Any = check(images, [world.caption(tuple(_other(thing) for thing in each)) for each in things])
     for tag in ("single_object", "two_object", "colors", "color_attr"):
         answered = wrong[tag].dropna()
         assert int(answered.sum()) <= 0.05 * len(answered)
@@ -65,7 +66,8 @@ def _other(thing: world.Thing) -> world.Thing:
 
 def objects(*words: str) -> list[Found]:
     """What would be found: "red circle", from left to right."""
-    return [Found(*word.split(), 0.9, 10.0 + 20 * k, 32.0) for k, word in enumerate(words)]
+    split = (word.split() for word in words)
+    return [Found(colour, shape, 0.9, 10.0 + 20 * k, 32.0) for k, (colour, shape) in enumerate(split)]
 
 
 @pytest.mark.parametrize(

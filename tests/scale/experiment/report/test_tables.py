@@ -1,5 +1,6 @@
 """Tables from hand-made frames and from runs whose effects are known."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -117,7 +118,7 @@ def test_claims_reproduce_where_they_hold(results: Results) -> None:
 def test_a_loss_stands_first(tmp_path: Path) -> None:
     """The control: where DB-MPA is put below CoDe, the first line says `not reproduced`."""
 
-    def turned(method: str, weights: dict[str, float], kl_scale: float) -> list[float]:
+    def turned(method: str, weights: Mapping[str, float], kl_scale: float) -> list[float]:
         return gains({"mpa": "code", "code": "mpa"}.get(method, method), weights, kl_scale)
 
     found = evaluate(load_results([write_run(tmp_path / "run", two_rewards(METHODS), effect=turned)]))
@@ -129,7 +130,7 @@ def test_gains_are_followed_as_rewards_are_added(tmp_path: Path) -> None:
     """DB-MPA's average gain stays, the soup's falls to a third: both claims reproduce."""
     names = ("a", "b", "c", "d")
 
-    def effect(method: str, weights: dict[str, float], kl_scale: float) -> list[float]:
+    def effect(method: str, weights: Mapping[str, float], kl_scale: float) -> list[float]:
         count = sum(weight > 0 for weight in weights.values())
         size = {"mpa": 0.5, "rs-factors": 0.6 / max(count, 1) ** 1.5}.get(method, 0.0)
         return [size * (weight > 0) for weight in weights.values()]
