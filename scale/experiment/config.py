@@ -16,6 +16,7 @@ from scale.rewards.expression import terms_of
 from scale.train.experiment import read_table
 
 CONFIGS = Path(__file__).parent / "configs"
+FIGURES = ("pareto", "weighted", "lambda", "rewards-count", "certificate", "sheet")  # that `dblend report` draws
 NEEDS_NO_ADAPTER = ("base", "morl", "code", "rgg")
 
 
@@ -172,5 +173,5 @@ _PARSERS: dict[str, values.Parser] = {
     "preferences": lambda value: value,
     "lambdas": values.list_of(values.number(0.0)),
     "methods": lambda value: value,
-    "figures": values.list_of(values.text),
+    "figures": values.list_of(values.one_of(FIGURES)),
 }

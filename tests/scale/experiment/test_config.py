@@ -1,13 +1,14 @@
 """A config is read strictly: what is wrong with it is one ValueError that names the config and the key."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from scale.experiment.config import config_names, read_config
+from scale.experiment.config import CONFIGS, config_names, read_config
 from scale.experiment.jobs import plan
 from scale.experiment.values import simplex_grid
 from tests.scale.experiment.fixtures import PROMPTS, table, write_config
@@ -91,6 +92,31 @@ def test_shipped_configs_have_something_to_make(name: str) -> None:
     """Each reads, in full where its adapters are here, and as its twin on the small world."""
     cells, _ = plan(read_config(name, small=True))
     assert cells
+
+
+@pytest.mark.parametrize("name", config_names())
+def test_shipped_configs_plan_at_full_scale(
+    name: str, files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With files where it looks for them (ours stand for the paper's) each has cells; morl skips none of its own."""
+    monkeypatch.chdir(tmp_path)
+    table = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())
+    experts = [
+        expert for method in table["methods"] if isinstance(method, dict) for expert in method.get("experts", ())
+    ]
+    for place in [*(table.get("adapters") or {}).values(), *(expert["adapter"] for expert in experts)]:
+        if "/" in place:
+            shutil.copytree(files / "jpeg", place, dirs_exist_ok=True)
+    if isinstance(table["prompts"], str) and "." in table["prompts"]:
+        lines = table["prompts"].endswith(".jsonl")
+        text = json.dumps({"prompt": "a bench", "tag": "single_object"}) if lines else json.dumps(PROMPTS)
+        Path(table["prompts"]).parent.mkdir(exist_ok=True)
+        Path(table["prompts"]).write_text(text)
+    cells, _ = plan(read_config(name))
+    single = sum(
+        1 for cell in cells if cell.method == "morl" and max(cell.weights.values()) == 1 and cell.kl_scale == 1
+    )
+    assert len([cell for cell in cells if cell.method == "morl"]) - single == len(experts)
 
 
 def test_defaults_and_files(files: Path) -> None:

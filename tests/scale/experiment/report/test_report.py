@@ -7,6 +7,8 @@ import pandas as pd
 import pytest
 
 from scale.cli import main
+from scale.experiment.config import FIGURES
+from scale.experiment.report import FIGURES as DRAWN
 from scale.experiment.report import write_report
 from scale.experiment.report.frame import load_results
 from tests.scale.experiment.report.runs import two_rewards, write_run
@@ -19,6 +21,11 @@ FIRST, SECOND = {"alignment": 1.0, "colorfulness": 0.0}, {"alignment": 0.5, "col
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs")
     return write_run(folder / "a", two_rewards(METHODS), prompts=8, pictures=3)
+
+
+def test_a_config_may_ask_for_every_figure() -> None:
+    """A config is read without what draws: the names that it may give are those that can be drawn."""
+    assert set(FIGURES) == set(DRAWN)
 
 
 def test_everything_is_written(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
