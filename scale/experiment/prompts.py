@@ -31,7 +31,7 @@ def find_prompts(given: Any) -> tuple[Prompt, ...]:
         if odd := [item for item in given if not isinstance(item, str) or not item.strip()]:
             raise ValueError(f"hold {odd[0]!r:.50}, which YAML reads as no text; put it in quotes")
         found = [Prompt(text) for text in given]
-    elif given in SHIPPED:
+    elif isinstance(given, str) and given in SHIPPED:
         found = [Prompt(text) for text in SHIPPED[given]()]
     elif isinstance(given, str):
         path = Path(given)

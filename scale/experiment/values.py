@@ -1,6 +1,7 @@
 """Values of a config file: each function reads one, or raises ValueError with what it must be."""
 
 import math
+import sys
 from collections.abc import Callable, Collection, Mapping
 from itertools import combinations
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 from scale.request import LAST_SEED
 
 Parser = Callable[[Any], Any]
+LARGEST_GRID = 100_000  # preferences
 
 
 def read(table: Any, parsers: Mapping[str, Parser], where: str) -> dict[str, Any]:
@@ -63,8 +65,9 @@ def number(low: float = -math.inf, high: float = math.inf, *, above: float = -ma
                 value = float(value)
             except ValueError:
                 value = repr(value)
-        fits = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-        fits = fits and low <= value <= high and value > above
+        fits = isinstance(value, int | float) and not isinstance(value, bool)
+        # a whole number may be too large for a float
+        fits = fits and abs(value) <= sys.float_info.max and low <= value <= high and value > above
         return float(check(value, fits, " ".join(["must be a finite number", *bounds])))
 
     return parse
@@ -141,11 +144,13 @@ def simplex_grid(names: Collection[str], spacing: float) -> tuple[dict[str, floa
     """Every preference whose weights are multiples of `spacing`; the first reward's weight grows.
 
     Raises:
-        ValueError: a spacing that does not divide 1.
+        ValueError: a spacing that does not divide 1, or makes more than 100,000 preferences.
     """
-    parts = round(1 / spacing)
+    m, least = len(names), 1 / LARGEST_GRID
+    parts = round(1 / max(spacing, least))
+    few = spacing >= least and math.comb(parts + m - 1, m - 1) <= LARGEST_GRID
+    check(spacing, few, f"must be a grid of at most {LARGEST_GRID} preferences, so of a larger spacing")
     check(spacing, abs(parts * spacing - 1) < 1e-9, "must be a grid whose spacing divides 1")
-    m = len(names)
     made = []
     for bars in combinations(range(parts + m - 1), m - 1):  # stars and bars
         edges = (-1, *bars, parts + m - 1)
