@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from math import isnan
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -26,7 +27,7 @@ class Estimate:
     unit: str
 
     def __str__(self) -> str:
-        return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
+        return f"{self.value:.3f}" + ("" if isnan(self.low) else f" [{self.low:.3f}, {self.high:.3f}]")
 
     @property
     def wide(self) -> float:
@@ -39,8 +40,8 @@ def estimate(values: Float[np.ndarray, "n k"], prompts: Sequence[str], statistic
 
     The bootstrap resamples prompts, each with all its seeds: seeds of one prompt are not independent. Where there is
     one prompt alone its images are resampled, and the interval speaks of that prompt only. 2000 draws of a seeded
-    numpy Generator; two estimates over the same number of units share their draws. NaN without values; a statistic
-    that is NaN in more than a 40th of the draws has no interval.
+    numpy Generator; two estimates over the same number of units share their draws. NaN without values; one unit alone,
+    or a statistic that is NaN in more than a 40th of the draws, has no interval.
     """
     names, index = np.unique(np.asarray(prompts, dtype=str), return_inverse=True)
     unit = "prompts"
@@ -52,9 +53,10 @@ def estimate(values: Float[np.ndarray, "n k"], prompts: Sequence[str], statistic
     counts = np.bincount(index)
     sums = np.stack([np.bincount(index, column) for column in np.asarray(values, dtype=float).T], 1)
     picks = _picks(len(counts))
-    drawn = take(picks @ sums / (picks @ counts)[:, None])
-    value = float(take(sums.sum(0, keepdims=True) / counts.sum())[0])
-    low, high = _percentiles(drawn)
+    with np.errstate(divide="ignore", invalid="ignore"):  # ratios and correlations of some draws are none
+        drawn = take(picks @ sums / (picks @ counts)[:, None])
+        value = float(take(sums.sum(0, keepdims=True) / counts.sum())[0])
+    low, high = _percentiles(drawn) if len(counts) > 1 else (NAN, NAN)
     return Estimate(value, low, high, len(values), len(counts), unit)
 
 

@@ -5,6 +5,7 @@ import pytest
 from scipy import stats
 
 from scale.experiment.report.bootstrap import DRAWS, estimate, wilson
+from scale.experiment.report.claims import UNDECIDED, verdict
 from tests.chance import FALSE_ALARM
 
 RUNS, PROMPTS, SEEDS = 300, 60, 4
@@ -64,6 +65,22 @@ def test_no_values_no_interval() -> None:
     assert np.isnan(estimate(np.empty((0, 1)), []).value)
     never = estimate(np.zeros((5, 1)), list("abcde"), lambda m: m[..., 0] * np.nan)
     assert np.isnan(never.low)
+
+
+def test_one_unit_says_nothing_of_others() -> None:
+    """One image has a value and no interval, so no claim of it is decided; two have one."""
+    one, two = (estimate(np.ones((n, 1)), ["a red car"] * n) for n in (1, 2))
+    assert one.value == two.value == two.low == two.high == 1.0
+    assert np.isnan([one.low, one.high]).all()
+    assert verdict(one, 0.0) == UNDECIDED
+    assert str(one) == "1.000"
+
+
+def test_a_ratio_that_some_draws_do_not_have_is_no_warning() -> None:
+    """A denominator that is 0 in a few draws: an interval, without a word on standard error."""
+    values = np.array([[1.0, float(k > 0)] for k in range(4)])  # one draw in 256 is of the first prompt alone
+    found = estimate(values, list("abcd"), lambda m: m[..., 0] / m[..., 1])
+    assert found.low >= 1.0
 
 
 def test_wilson_by_hand() -> None:
