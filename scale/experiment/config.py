@@ -38,7 +38,8 @@ class Config:
     reward_models: Mapping[str, str] | None = None
     preferences: tuple[Mapping[str, float], ...] = ()
     lambdas: tuple[float, ...] = (1.0,)
-    seeds: tuple[int, ...] = (0,)
+    seeds: int | tuple[int, ...] = 1
+    """How many of its own each prompt has; or which, for all prompts."""
     steps: int = 50
     guidance: float | None = None
     """None is the small world's, or the pipeline's own."""

@@ -47,7 +47,7 @@ class Entry:
     experts: tuple[Expert, ...] = ()
     preferences: tuple[Mapping[str, float], ...] | None = None
     lambdas: tuple[float, ...] | None = None
-    seeds: tuple[int, ...] | None = None
+    seeds: int | tuple[int, ...] | None = None
     prompt_limit: int | None = None
     batch_size: int | None = None
 

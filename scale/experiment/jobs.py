@@ -22,6 +22,7 @@ from scale.pipeline import Picture, batches
 
 Weights = Mapping[str, float]
 SAMPLED = ("mpa-ls", "mpa-held")  # lambda is a probability
+STRIDE = 1000  # from the seeds of one prompt to the next one's
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,8 @@ class Cell:
     adapters: Mapping[str, Path]
     """What is attached, by name."""
     prompts: Sequence[Prompt]
-    seeds: Sequence[int]
+    seeds: int | tuple[int, ...]
+    """As a config has them: `seeds_of`."""
     batch_size: int
 
     @property
@@ -59,7 +61,8 @@ class Cell:
     @property
     def pictures(self) -> list[Picture]:
         """Prompt by prompt."""
-        return [Picture(prompt.text, i, seed) for i, prompt in enumerate(self.prompts) for seed in self.seeds]
+        every = enumerate(self.prompts)
+        return [Picture(prompt.text, i, seed) for i, prompt in every for seed in seeds_of(self.seeds, i)]
 
 
 @dataclass(frozen=True)
@@ -82,6 +85,15 @@ class Batch:
     pictures: Sequence[Picture]
     ids: Sequence[str]
     origin: Mapping[str, Any]
+
+
+def seeds_of(seeds: int | tuple[int, ...], prompt: int) -> Sequence[int]:
+    """The seeds of the prompt with this index.
+
+    A count gives each prompt its own: were noise shared, all prompts would rise and fall together, and an interval over
+    prompts would not hold how much another noise changes. A tuple is for all prompts.
+    """
+    return range(STRIDE * prompt, STRIDE * prompt + seeds) if isinstance(seeds, int) else seeds
 
 
 def plan(config: Config) -> tuple[list[Cell], list[Skipped]]:
@@ -212,7 +224,7 @@ def _origin(
         "adapters": {name: hashes[path] for name, path in cell.adapters.items()},
         "steered_by": dict(rewards) if cell.method in STEERED else None,
         # the images of one prompt compete
-        "together": list(cell.seeds) if cell.resamples else None,
+        "together": cell.seeds if cell.resamples else None,
         "steps": config.steps,
         "eta": config.eta,
         "scheduler": config.scheduler,

@@ -100,9 +100,11 @@ def table_of(parse: Parser) -> Parser:
     return parse_table
 
 
-def seeds(value: Any) -> tuple[int, ...]:
-    """A count, for 0, 1, ..., or the seeds themselves."""
-    made = list_of(whole(0))(value) if isinstance(value, list) else tuple(range(whole(1, 1_000_000)(value)))
+def seeds(value: Any) -> int | tuple[int, ...]:
+    """A count of seeds that each prompt has of its own, at most 1000; or a list of those that all prompts share."""
+    if not isinstance(value, list):
+        return whole(1, 1000)(value)
+    made = list_of(whole(0))(value)
     check(value, len({*made}) == len(made), "must name each seed once")
     return made
 

@@ -121,6 +121,11 @@ def _lead(results: Results, left_out: Mapping[str, str]) -> list[str]:
         lines.append(
             f"**Unfinished: {results.missing} images have yet to be made; everything below is of the others.**"
         )
+    if (shared := frame.groupby("seed")["prompt"].nunique().max()) > 1:
+        lines.append(
+            f"**{shared} prompts share their seeds, so their noise: intervals over prompts do not hold how much other "
+            "noise would change. A config whose `seeds` is a count gives every prompt its own.**"
+        )
     skipped = {(cell["label"], cell["reason"]) for run in results.runs for cell in run.get("skipped") or ()}
     lines += [f"{label} is not everywhere: {reason}." for label, reason in sorted(skipped)]
     if left_out:

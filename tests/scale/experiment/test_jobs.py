@@ -21,6 +21,18 @@ def ids(made: list[Batch]) -> list[str]:
     return [job for batch in made for job in batch.ids]
 
 
+def test_prompts_share_no_noise_unless_they_are_told_to(files: Path) -> None:
+    """A count gives each prompt seeds of its own, whatever else is made; a list gives all of them the same."""
+
+    def seeds(**changes: Any) -> list[list[int]]:
+        first = {batch.cell.label: batch.cell for batch in batches(files, **changes)}["base"]
+        return [[p.seed for p in first.pictures if p.index == i] for i in range(len(first.prompts))]
+
+    assert seeds(seeds=2) == [[0, 1], [1000, 1001], [2000, 2001]]
+    assert seeds(seeds=1, prompt_limit=2) == [[0], [1000]]
+    assert seeds(seeds=[7, 3]) == [[7, 3]] * 3
+
+
 def test_ids_are_of_what_makes_the_image(files: Path) -> None:
     """Equal for equal configs and any batch size; all others with another seed, step, model, adapter or weight."""
     first = batches(files)

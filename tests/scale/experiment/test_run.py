@@ -40,7 +40,7 @@ def test_the_table_says_what_the_images_are(finished: Path) -> None:
     """30 rows; rewards are those of the files; weighted rewards and costs are what the cells ask for."""
     what, frame = load(finished)
     assert (what["missing"], len(frame), what["rewards"]) == (0, 30, ["colorfulness", "jpeg"])
-    assert frame["seed"].tolist() == [0, 1] * 15
+    assert frame["seed"].tolist() == [0, 1, 1000, 1001, 2000, 2001] * 5
     assert frame["label"].tolist() == ["base"] * 6 + ["mpa"] * 12 + ["mpa-ls"] * 12
     evaluations = frame.groupby("label")["evaluations"].unique().to_dict()
     assert {label: list(rows) for label, rows in evaluations.items()} == {"base": [2], "mpa": [4], "mpa-ls": [2]}
