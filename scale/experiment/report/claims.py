@@ -41,7 +41,7 @@ class Finding:
 
 def evaluate(results: Results) -> list[Finding]:
     """Every claim that the runs can speak to; `not reproduced` first, then `undecided`."""
-    parts = (_beats, _near_morl, _single_near_blend, _stable, _follows_experts, _soups)
+    parts = (_beats, _near_morl, _single_near_blend, _stable, _follows_experts, _soups, _variants)
     found = [finding for part in parts for finding in part(results)]
     return sorted(found, key=lambda finding: (NOT, UNDECIDED, REPRODUCED).index(finding.verdict))
 
@@ -58,9 +58,12 @@ def verdict(measured: Estimate, low: float, high: float = np.inf) -> str:
     return NOT if measured.high < low or measured.low > high else UNDECIDED
 
 
-def _places(results: Results, *methods: str) -> Iterator[tuple[str, str, float]]:
-    """(label, preference, KL scale) of these methods where at least two rewards have weight."""
-    for label in results.labels(*methods):
+def _places(results: Results, method: str) -> Iterator[tuple[str, str, float]]:
+    """(label, preference, KL scale) of a method's first label where at least two rewards have weight.
+
+    The paper's claims are about that one; other labels of a method are variants of ours.
+    """
+    for label in results.labels(method)[:1]:
         for preference in results.preferences():
             if sum(weight > 0 for weight in results.weights(preference)) > 1:
                 scales = select(results.frame, label, preference)["kl_scale"].unique()
@@ -94,7 +97,7 @@ def _single_near_blend(results: Results) -> Iterator[Finding]:
 def _shares(results: Results, method: str, whole: str, claim: str) -> Iterator[Finding]:
     for label, preference, scale in _places(results, method):
         ours = select(results.frame, label, preference, scale)
-        for other in results.labels(whole):
+        for other in results.labels(whole)[:1]:
             share = gain_share(ours, select(results.frame, other, preference, scale), base_of(results, preference))
             if share is not None:
                 yield Finding(
@@ -175,6 +178,21 @@ def _soups(results: Results) -> Iterator[Finding]:
                 yield Finding(
                     "a soup of weights beats a soup of LoRA factors (ours)", _where(preference, scale),
                     f"{label} - {other}", "> 0", gap, verdict(gap, 0.0),
+                )  # fmt: skip
+
+
+def _variants(results: Results) -> Iterator[Finding]:
+    """What the methods that are ours add to DB-MPA: corrected, held, interpolated, another order (not the paper's)."""
+    for label, preference, scale in _places(results, "mpa"):
+        plain = select(results.frame, label, preference, scale)
+        ours = [*results.labels("mpa")[1:], *results.labels("mpa-ls")[1:], *results.labels("mpa-held", "interp")]
+        for other in ours:
+            both = pair(select(results.frame, other, preference, scale), plain)
+            if len(both):
+                gap = difference(both)
+                yield Finding(
+                    f"{other} above DB-MPA (ours)", _where(preference, scale), f"{other} - {label}", "> 0", gap,
+                    verdict(gap, 0.0),
                 )  # fmt: skip
 
 

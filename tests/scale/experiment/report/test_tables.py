@@ -126,6 +126,18 @@ def test_a_loss_stands_first(tmp_path: Path) -> None:
     assert ("DB-MPA above code", NOT) in [(finding.claim, finding.verdict) for finding in found]
 
 
+def test_our_own_methods_are_held_against_db_mpa(tmp_path: Path) -> None:
+    """Interpolation that gains a third more than DB-MPA is above it; the control: one that gains less is not."""
+
+    def better(method: str, weights: Mapping[str, float], kl_scale: float) -> list[float]:
+        return [(4 / 3 if method == "interp" else 1.0) * gain for gain in gains(method, weights, kl_scale)]
+
+    for name, effect in (("better", better), ("worse", gains)):
+        run = write_run(tmp_path / name, two_rewards(("mpa", "interp")), effect=effect)
+        found = {finding.claim: finding.verdict for finding in evaluate(load_results([run]))}
+        assert (found["interp above DB-MPA (ours)"] == REPRODUCED) == (name == "better")
+
+
 def test_gains_are_followed_as_rewards_are_added(tmp_path: Path) -> None:
     """DB-MPA's average gain stays, the soup's falls to a third: both claims reproduce."""
     names = ("a", "b", "c", "d")
