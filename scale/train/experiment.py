@@ -155,7 +155,7 @@ def read_table(path: Path) -> dict[str, Any]:
     """The table that a YAML file of a stranger holds.
 
     Raises:
-        ValueError: a file that cannot be read, is too large, holds anchors or tags, or is no table.
+        ValueError: a file that cannot be read or is too large, aliases or deep nesting in it, or no table.
     """
     try:
         if path.stat().st_size > LARGEST_CONFIG:
