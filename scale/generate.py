@@ -1,6 +1,5 @@
 """`dblend generate`: prompts in, PNG files and the record of what made them out."""
 
-import inspect
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from torch import Tensor
 from scale import mini
 from scale.attachment import Knob, attach
 from scale.folder import RECORD, earlier_pictures, remove_earlier, save_picture, write_record
-from scale.pipeline import Picture, draw, open_pipeline, set_scheduler
+from scale.pipeline import Picture, draw, guidance_in_force, open_pipeline, set_scheduler
 from scale.progress import progress_bar
 from scale.record import settings, update_ess
 from scale.request import Request
@@ -33,7 +32,7 @@ def generate(request: Request) -> Path:
     if request.scheduler is not None:
         set_scheduler(pipe, request.scheduler)
     adapters, knob = request.chosen_adapters(), _attach(pipe, request)
-    guidance = _guidance(request, pipe)
+    guidance = guidance_in_force(pipe, request.guidance, request.model)
     scorers = [load_scorer(name) for name in SCORERS]
     request.out.mkdir(parents=True, exist_ok=True)
     record = settings(request, adapters, pipe, guidance)
@@ -65,16 +64,6 @@ def _attach(pipe: Any, request: Request) -> Knob | None:
         return None
     options = {"correct": request.correct, "max_batch": request.max_batch}
     return attach(pipe, request.chosen_adapters(), request.preference, request.method, **request.blending, **options)
-
-
-def _guidance(request: Request, pipe: Any) -> float | None:
-    """The guidance scale in force: asked for, the small world's, or the pipeline's own default."""
-    if request.guidance is not None:
-        return request.guidance
-    if request.model is None:
-        return mini.GUIDANCE
-    parameter = inspect.signature(pipe.__call__).parameters.get("guidance_scale")
-    return parameter.default if parameter is not None else None
 
 
 def _save(

@@ -13,6 +13,8 @@ import transformers
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
+from scale import mini
+
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 SCHEDULERS = {
     "ddim": diffusers.DDIMScheduler,
@@ -88,6 +90,16 @@ def set_scheduler(pipe: DiffusionPipeline, name: str) -> None:
             f"use {' or '.join(fitting)}"
         )
     pipe.scheduler = SCHEDULERS[name].from_config(own.config)
+
+
+def guidance_in_force(pipe: Any, asked: float | None, model: str | None) -> float | None:
+    """The guidance scale as asked for; else the small world's (`model` None), or the pipeline's own default."""
+    if asked is not None:
+        return asked
+    if model is None:
+        return mini.GUIDANCE
+    parameter = inspect.signature(pipe.__call__).parameters.get("guidance_scale")
+    return parameter.default if parameter is not None else None
 
 
 def draw(

@@ -1,6 +1,5 @@
 """Making a batch: one pipeline, with the blend of the cell at hand attached to it."""
 
-import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +13,7 @@ from scale.attachment import Knob, attach
 from scale.experiment.config import Config
 from scale.experiment.entries import STEERED
 from scale.experiment.jobs import Batch, Cell
-from scale.pipeline import DTYPES, draw, open_pipeline, set_scheduler
+from scale.pipeline import DTYPES, draw, guidance_in_force, open_pipeline, set_scheduler
 from scale.record import denoiser_hashes
 from scale.rewards.expression import parse_reward, terms_of
 from scale.rewards.protocol import Mix, Scorer
@@ -52,7 +51,7 @@ class Maker:
         dtype = DTYPES[config.dtype or ("bfloat16" if on_gpu else "float32")]
         self.pipe: Any = open_pipeline(config.model or mini.MODEL, dtype)
         set_scheduler(self.pipe, config.scheduler)
-        self.guidance = _guidance(config, self.pipe)
+        self.guidance = guidance_in_force(self.pipe, config.guidance, config.model)
         self._attached: tuple[Any, Knob] | None = None
 
     @property
@@ -132,13 +131,3 @@ def _scorer(text: str, config: Config) -> Scorer:
     """The scorer of an expression, with the models of its own parts."""
     names = {name for _, name in terms_of(text)}
     return parse_reward(text, {name: at for name, at in (config.reward_models or {}).items() if name in names})
-
-
-def _guidance(config: Config, pipe: Any) -> float | None:
-    """The guidance scale in force: the config's, the small world's, or the pipeline's own default."""
-    if config.guidance is not None:
-        return config.guidance
-    if config.model is None:
-        return mini.GUIDANCE
-    parameter = inspect.signature(pipe.__call__).parameters.get("guidance_scale")
-    return parameter.default if parameter is not None else None
