@@ -177,7 +177,7 @@ def make_batches(
     the scorers by axis, which steer some methods.
 
     Raises:
-        ValueError: two cells that make the same images.
+        ValueError: two cells that make the same image.
     """
     hashes: dict[Path, str] = {}
     made: list[Batch] = []
@@ -187,8 +187,9 @@ def make_batches(
         for pictures in batches(cell.pictures, cell.batch_size, cell.resamples):
             ids = [digest(origin | {"prompt": picture.prompt, "seed": picture.seed}) for picture in pictures]
             made.append(Batch(digest({"jobs": ids}), len(made), cell, pictures, ids, origin))
-            if owners.setdefault(ids[0], cell) is not cell:
-                raise ValueError(f"{owners[ids[0]].label} and {cell.label} at {shown(cell)} make the same images")
+            for job in ids:
+                if owners.setdefault(job, cell) is not cell:
+                    raise ValueError(f"{owners[job].label} and {cell.label} at {shown(cell)} make the same images")
     return made
 
 

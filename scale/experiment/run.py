@@ -66,14 +66,15 @@ def sweep(config: Config, out: Path, *, limit: int | None = None) -> Outcome:
         state.wait_for_everyone()  # all have read what was there
         if state.is_main_process:
             store.begin(run)
-        chosen = keep(every, limit)
-        pending = _agree([batch.index for batch in chosen if not store.is_done(batch)])
-        mine = [every[index] for index in pending][state.process_index :: state.num_processes]
+        missing = _agree([batch.index for batch in every if not store.is_done(batch)])
+        wanted = {batch.index for batch in keep(every, limit)}
+        todo = [every[index] for index in missing if index in wanted]
+        mine = todo[state.process_index :: state.num_processes]
         _work(mine, maker, store, {"device": str(maker.pipe._execution_device), "versions": run["versions"]})
         state.wait_for_everyone()
         results = store.finish() if state.is_main_process else None
-    made = sum(len(every[index].pictures) for index in pending)
-    return Outcome(_count(chosen) - made, made, _count(every), results)
+    total = _count(every)
+    return Outcome(total - _count([every[index] for index in missing]), _count(todo), total, results)
 
 
 def _work(mine: Sequence[Batch], maker: Maker, store: Store, facts: Mapping[str, Any]) -> None:

@@ -2,7 +2,7 @@
 
     RUN/run.json              what is made, by which model, and the reference of all records
     RUN/images/<job>.png      named by the image's id
-    RUN/records/<batch>.json  written after the batch's images: a batch is done iff it exists
+    RUN/records/<batch>.json  written after the batch's images: a batch is done iff it and its images are there
     RUN/results.parquet       one row an image, assembled when the run is over
     RUN/lock                  held by every process of a run that is alive
 

@@ -29,11 +29,6 @@ class Estimate:
     def __str__(self) -> str:
         return f"{self.value:.3f}" + ("" if isnan(self.low) else f" [{self.low:.3f}, {self.high:.3f}]")
 
-    @property
-    def wide(self) -> float:
-        """Half the interval's length."""
-        return (self.high - self.low) / 2
-
 
 def estimate(values: Float[np.ndarray, "n k"], prompts: Sequence[str], statistic: Statistic | None = None) -> Estimate:
     """A function of the means of k columns (the first column's mean if none is given), with a percentile interval.

@@ -91,6 +91,8 @@ def test_cells_of_every_method(files: Path) -> None:
 
 
 def test_the_same_images_twice_are_refused(files: Path) -> None:
-    """Two labels for one thing would write one file."""
-    with pytest.raises(ValueError, match="make the same images"):
-        batches(files, methods=["mpa", {"method": "mpa", "label": "again"}])
+    """Two labels for one thing would write one file, also where they share only some of their seeds."""
+    for seeds in ([0, 1], [1, 2]):
+        with pytest.raises(ValueError, match="make the same images"):
+            batches(files, methods=["mpa", {"method": "mpa", "label": "again", "seeds": seeds}])
+    assert batches(files, methods=["mpa", {"method": "mpa", "label": "again", "seeds": [2, 3]}])
