@@ -31,6 +31,8 @@ RUN, RESULTS, LOCK = "run.json", "results.parquet", "lock"
 IMAGES, RECORDS = "images", "records"
 COSTS = ("evaluations", "reward_calls", "gradients", "seconds", "peak_memory")
 CERTIFICATE = ("certificate", "disagreement", "ess", "log_weight")
+# what a reader of run.json relies on
+OF_RUN = {"rewards": list, "also": list, "figures": list, "skipped": list, "identity": dict, "jobs": int}
 Row = dict[str, Any]
 
 
@@ -140,12 +142,14 @@ def load(run: Path) -> tuple[dict[str, Any], pd.DataFrame]:
         ValueError: a folder that holds no run, or a record that cannot be read.
     """
     what = _read(run / RUN)
+    if odd := [name for name, kind in OF_RUN.items() if not isinstance(what.get(name), kind)]:
+        raise ValueError(f"{run / RUN} is no file of dblend sweep: its {odd[0]} is {what.get(odd[0])!r:.60}")
     records = [_read(path) for path in sorted((run / RECORDS).glob("*.json")) if not path.name.startswith(".")]
     try:
         axes, also = list(what["rewards"]), list(what["also"])
         rows = [row for record in sorted(records, key=lambda r: r["index"]) for row in _rows(record, axes, also)]
         what["missing"] = what["jobs"] - len(rows)
-    except (LookupError, TypeError) as error:
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
         raise ValueError(f"{run} holds records that are not of dblend sweep: {error!r}") from error
     frame = pd.DataFrame(rows, columns=_columns(axes, also))
     return what, _among_all(frame, [f"weight.{name}" for name in axes])

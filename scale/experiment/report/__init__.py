@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from matplotlib import rc_context
 from matplotlib.figure import Figure
 
 from dbtheory.files import write_atomically
@@ -85,14 +86,15 @@ def write_report(folders: Sequence[Path], out: Path, *, beside_paper: bool = Fal
             found["tables"][name] = write.records(table)
             sections[heading] = (text, write.markdown(table))
     found["figures"] = []
-    for name in wanted:
-        figure = FIGURES[name](results)
-        if isinstance(figure, str):
-            left_out[name] = figure
-            continue
-        write.write_figure(out / f"{name}.png", figure)
-        found["figures"].append(f"{name}.png")
-        sections[f"Figure: {name}"] = ("", f"![{name}]({name}.png)")
+    with rc_context({"text.parse_math": False}):  # a prompt of two prices is no formula
+        for name in wanted:
+            figure = FIGURES[name](results)
+            if isinstance(figure, str):
+                left_out[name] = figure
+                continue
+            write.write_figure(out / f"{name}.png", figure)
+            found["figures"].append(f"{name}.png")
+            sections[f"Figure: {name}"] = ("", f"![{name}]({name}.png)")
     found["left_out"] = left_out
     title = " and ".join(dict.fromkeys(str(run.get("title") or "A sweep") for run in results.runs))
     text = write.page(title, _lead(results, left_out), sections)

@@ -80,9 +80,14 @@ def label_of_models(results: Results) -> str:
 
 
 def time_table(results: Results) -> Frame:
-    """Seconds an image of the paper's Table 1 and of ours, and both as multiples of the base model's."""
+    """Seconds an image of the paper's Table 1 and of ours, and both as multiples of the base model's.
+
+    Ours are of each method's first label where at least two rewards have weight: one expert alone costs what base does.
+    """
     seconds = published()["tables"][0]["seconds"]
-    ours = {method: results.frame.loc[results.frame["method"] == method, "seconds"].mean() for method in seconds}
+    mixed = [name for name in results.preferences() if sum(weight > 0 for weight in results.weights(name)) > 1]
+    rows = results.frame[results.frame["preference"].isin(mixed)]
+    ours = {method: rows.loc[rows["label"].isin(results.labels(method)[:1]), "seconds"].mean() for method in seconds}
     return pd.DataFrame([
         {
             "method": NAMES[method], "paper": value, "paper / SD": value / seconds["base"],

@@ -19,7 +19,7 @@ def markdown(table: Frame) -> str:
     """A table with estimates as `mean [low, high]`, cut to 120 rows."""
     if table.empty:
         return ""
-    head = [str(column) for column in table.columns]
+    head = [_shown(column) for column in table.columns]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     rows = table.head(LONGEST).itertuples(index=False, name=None)
     lines += ["| " + " | ".join(_shown(value) for value in row) + " |" for row in rows]

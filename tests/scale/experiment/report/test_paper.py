@@ -75,3 +75,14 @@ def test_ours_stand_beside_the_papers(tmp_path: Path) -> None:
     assert ratios.loc["CoDe", "ours"].value == pytest.approx(1.9, abs=0.15)
     assert ratios.loc["RGG", "ours"] is None or ratios["ours"].isna()["RGG"]
     assert time_table(results).set_index("method").loc["DB-MPA", "paper / SD"] == pytest.approx(2.035, abs=1e-3)
+
+
+def test_seconds_are_those_of_blends(tmp_path: Path) -> None:
+    """DB-MPA takes twice the base model's seconds at w = 0.5; its cells of one expert, w = 0 and 1, do not count."""
+    run = write_run(tmp_path / "run", two_rewards(("mpa",)), prompts=3)
+    results = load_results([run])
+    rows = results.frame
+    rows.loc[(rows["label"] == "mpa") & (rows["preference"] == "w = 0.5"), "seconds"] *= 2
+    table = time_table(results).set_index("method")
+    assert table.loc["DB-MPA", "ours / base"] == pytest.approx(2.0)
+    assert table["ours"].isna()["CoDe"]

@@ -124,3 +124,43 @@ def test_an_unknown_figure_is_refused(tmp_path: Path) -> None:
     (run / "run.json").write_text(json.dumps(what))
     with pytest.raises(ValueError, match="no figure pie; they are pareto"):
         write_report([run], tmp_path / "out")
+
+
+ODD_RECORDS = (
+    ("made_by", {"method": "mpa", "weights": [1], "kl_scale": 1.0}),
+    ("images", []),
+    ("cost", {}),
+)
+
+
+@pytest.mark.parametrize(("name", "value"), [("identity", None), ("figures", "pareto"), ("jobs", "9"), ("skipped", 3)])
+def test_another_program_s_run_is_refused(tmp_path: Path, name: str, value: object) -> None:
+    """What run.json lacks or has of another type is one ValueError that names the file and the key."""
+    run = write_run(tmp_path / "a", two_rewards(("mpa",)), prompts=2)
+    what = json.loads((run / "run.json").read_text()) | {name: value}
+    (run / "run.json").write_text(json.dumps(what))
+    with pytest.raises(ValueError, match=rf"run\.json .* {name}"):
+        load_results([run])
+
+
+@pytest.mark.parametrize(("name", "value"), ODD_RECORDS)
+def test_records_of_another_program_are_refused(tmp_path: Path, name: str, value: object) -> None:
+    """A record whose parts have other types, or none, is one ValueError."""
+    run = write_run(tmp_path / "a", two_rewards(("mpa",)), prompts=2)
+    record = json.loads((run / "records" / "b1.json").read_text()) | {name: value}
+    (run / "records" / "b1.json").write_text(json.dumps(record))
+    with pytest.raises(ValueError, match="records that are not of dblend sweep"):
+        load_results([run])
+
+
+def test_prices_and_bars_are_text(tmp_path: Path) -> None:
+    """Two dollar signs in a prompt or a name are no formula, and a bar in a name no column."""
+    names = ("$\\frac$|a", "b")
+    cells = [("base", dict.fromkeys(names, 0.0), 1.0), *(("mpa", {names[0]: w, "b": 1 - w}, 1.0) for w in (0.3, 0.7))]
+    run = write_run(tmp_path / "a", cells, rewards=names, prompts=2, figures=["pareto", "weighted"])
+    assert write_report([run], tmp_path / "out")["figures"] == ["pareto.png", "weighted.png"]
+    page = (tmp_path / "out" / "report.md").read_text()
+    header, rule = next(
+        pair for pair in zip(page.splitlines(), page.splitlines()[1:], strict=False) if "---" in pair[1]
+    )
+    assert header.replace("\\|", "").count("|") == rule.count("|")
