@@ -147,6 +147,8 @@ def _fill_adapters(adapters: Mapping[str, Path], given: Mapping[str, Any], place
 def _check_rewards(given: Mapping[str, Any]) -> None:
     """Every expression is one, and every reward model belongs to one."""
     models = given.get("reward_models", {})
+    if twice := [text for text in given.get("also", ()) if text in given["rewards"]]:
+        raise ValueError(f"also names {twice[0]!r}, which is a reward already; leave it out")
     texts = (*given["rewards"].values(), *given.get("also", ()))
     used = {name for text in texts for _, name in terms_of(text) if name is not None}
     for name in sorted(used):

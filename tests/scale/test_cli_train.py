@@ -15,7 +15,7 @@ import yaml
 from scale.cli import main
 from scale.prompts import read_prompts
 from scale.rewards import MODELS, SCORERS
-from scale.rewards.expression import _terms
+from scale.rewards.expression import terms_of
 from scale.train.experiment import CONFIGS, Experiment, config_names, parse_setting, read_config
 from scale.train.settings import MINI, PRESETS
 from scale.train.tilted_settings import Tilted
@@ -69,7 +69,7 @@ def test_every_config_is_a_valid_experiment(name: str) -> None:
     settings = experiment.make_settings()
     assert settings.alpha == pytest.approx(PRESETS["paper"].alpha / experiment.kl_scale)
     assert (settings.clip, settings.rank, settings.learning_rate) == (1e-4, 4, 1e-5)
-    rewards = [term for _, term in _terms(experiment.reward)]
+    rewards = [term for _, term in terms_of(experiment.reward)]
     assert rewards
     assert {*rewards} <= {*SCORERS, *MODELS}
     assert experiment.model in (
@@ -83,10 +83,10 @@ def test_every_config_is_a_valid_experiment(name: str) -> None:
 def test_the_configs_cover_the_paper() -> None:
     """Four experts, MORL at three preferences, the KL scales of figure 14, and SDXL's two experts; weights sum to 1."""
     made = {name: read_config(name) for name in config_names()}
-    rewards = {name: [term for _, term in _terms(e.reward)] for name, e in made.items()}
+    rewards = {name: [term for _, term in terms_of(e.reward)] for name, e in made.items()}
     single = {rewards[name][0] for name in made if name.startswith("sd15-") and len(rewards[name]) == 1}
     assert single == {"imagereward", "vila", "pickscore", "jpeg"}
-    morl = {name: [weight for weight, _ in _terms(made[name].reward)] for name in made if "morl" in name}
+    morl = {name: [weight for weight, _ in terms_of(made[name].reward)] for name in made if "morl" in name}
     assert {weights[0] for weights in morl.values()} == {0.2, 0.5, 0.8}
     assert all(sum(weights) == pytest.approx(1) for weights in morl.values())
     assert {e.kl_scale for e in made.values()} == {0.2, 0.5, 0.7, 1.0, 1.5, 2.0}
@@ -150,7 +150,7 @@ REFUSED = {
     "no rounds": (f"--reward jpeg {ON} --rounds 0", "rounds must be positive"),
     "alpha twice": (f"--reward jpeg {ON} --alpha 1 --set alpha=2", "alpha is given twice"),
     "setting twice": (f"--reward jpeg {ON} --set clip=1 --set clip=2", "'clip' is given twice"),
-    "unknown config": (f"--config none {ON}", "no config 'none'; give a YAML file, or one of sd15-imagereward"),
+    "unknown config": (f"--config none {ON}", "no config 'none'; give a YAML file, or one of sd15-geneval-imagereward"),
     "config a folder": (f"--config @empty {ON}", "no config"),
     "config outside": (f"--config ../settings {ON}", "no config '../settings'"),
     "config's key": (f"--config @key.yaml {ON}", "unknown 'lr'; the keys are algorithm, lambda, model, needs"),

@@ -39,11 +39,11 @@ def pareto(results: Results) -> Figure | str:
 
 
 def weighted(results: Results) -> Figure | str:
-    """Gain of the weighted reward over base, against the weight of the first of two rewards."""
-    if len(results.rewards) != 2:
-        return f"the weighted figure takes two rewards, the run has {len(results.rewards)}"
+    """Gain of the weighted reward over base: against the weight of the first of two rewards, else by preference."""
     if not results.labels("base"):
         return "the weighted figure shows gains over base, which the run lacks"
+    two, names = len(results.rewards) == 2, results.preferences()
+    place = {name: results.weights(name)[0] if two else float(k) for k, name in enumerate(names)}
     figure = make_figure(7.0, 4.5)
     axis = figure.subplots()
     rows = at_one_scale(results)
@@ -51,16 +51,21 @@ def weighted(results: Results) -> Figure | str:
         if results.method(label) == "base":
             continue
         pairs = {
-            results.weights(name)[0]: both
-            for name in results.preferences()
-            if len(both := pair(select(rows, label, name), base_of(results, name)))
+            place[name]: both for name in names if len(both := pair(select(rows, label, name), base_of(results, name)))
         }
-        style = _style(results, label) | _dashed(results.method(label))
+        # between the preferences of more rewards there is nothing to join
+        style = _style(results, label) | (_dashed(results.method(label)) if two else {"linestyle": "none"})
         curve(axis, list(pairs), [difference(both) for both in pairs.values()], **style)
     axis.axhline(0, color=BASE, linewidth=0.8)
-    first, second = results.rewards
-    finish(axis, f"weighted reward, gain over the base model ({INTERVAL})", xlabel=f"w, the weight of {first}",
-           ylabel=f"gain in w {first} + (1 - w) {second}")  # fmt: skip
+    title = f"weighted reward, gain over the base model ({INTERVAL})"
+    if two:
+        first, second = results.rewards
+        finish(axis, title, xlabel=f"w, the weight of {first}", ylabel=f"gain in w {first} + (1 - w) {second}")
+    else:
+        finish(axis, title, ylabel="gain in the preference's weighted reward")
+        axis.set_xticks(
+            range(len(names)), [_named(results, name) for name in names], rotation=20, ha="right", fontsize=7
+        )
     return figure
 
 

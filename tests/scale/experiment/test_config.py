@@ -17,6 +17,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "unknown key": ({"step": 3}, "unknown 'step'"),
     "no rewards": ({"rewards": None}, "nothing of rewards"),
     "unknown reward": ({"rewards": {"colorfulness": "beauty", "jpeg": "jpeg"}}, "no reward 'beauty'"),
+    "also a reward": ({"also": ["jpeg"]}, "'jpeg', which is a reward already"),
     "no expression": ({"rewards": {"colorfulness": "2*", "jpeg": "jpeg"}}, "cannot read"),
     "dotted reward": ({"rewards": {"a.b": "jpeg"}}, "without dots"),
     "unused model": ({"reward_models": {"pickscore": "x"}}, "no reward uses"),

@@ -82,7 +82,7 @@ def test_more_rewards_have_their_figure(tmp_path: Path) -> None:
     uniform = [{name: (k < n) / n for k, name in enumerate(names)} for n in (2, 3)]
     cells = [("base", dict.fromkeys(names, 0.0), 1.0), *(("mpa", weights, 1.0) for weights in uniform)]
     found = write_report([write_run(tmp_path / "a", cells, rewards=names)], tmp_path / "out")
-    assert "rewards-count.png" in found["figures"]
+    assert {"rewards-count.png", "weighted.png"} <= set(found["figures"])
     assert "takes two rewards" in found["left_out"]["pareto"]
 
 
