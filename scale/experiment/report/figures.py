@@ -63,9 +63,8 @@ def weighted(results: Results) -> Figure | str:
         finish(axis, title, xlabel=f"w, the weight of {first}", ylabel=f"gain in w {first} + (1 - w) {second}")
     else:
         finish(axis, title, ylabel="gain in the preference's weighted reward")
-        axis.set_xticks(
-            range(len(names)), [_named(results, name) for name in names], rotation=20, ha="right", fontsize=7
-        )
+        ticks = [_named(results, name).replace(" + ", "\n+ ") for name in names]
+        axis.set_xticks(range(len(names)), ticks, fontsize=7)
     return figure
 
 
