@@ -19,14 +19,6 @@ from scale.pipeline import draw, open_pipeline
 from toys import get
 
 
-@pytest.fixture(autouse=True)
-def threads():
-    """What a bench sets for its process is put back."""
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
-
-
 def test_the_bench_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """At tiny sizes: one evaluation a step, mpa and mpa-held's first step take 2; only mpa is at no distance."""
     options = closeness.Options(prompts=2, seeds=1, steps=(2,), etas=(1.0,), scales=(0.25, 0.125), threads=1)

@@ -11,14 +11,6 @@ from benches.policy_gradient import ESTIMATORS, Options
 from scale.train.buffer import Trajectories
 
 
-@pytest.fixture(autouse=True)
-def threads():
-    """What a bench sets for its process is put back."""
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
-
-
 def test_the_bench_runs(tmp_path: Path) -> None:
     """At a tiny size it writes a cosine in [-1, 1] and a positive norm for every estimator."""
     options = Options(batches=2, prompts=1, samples=2, steps=2, threads=1)

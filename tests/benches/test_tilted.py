@@ -11,14 +11,6 @@ from benches.tilted import Options
 from scale.mini.family import SINGLE
 
 
-@pytest.fixture(autouse=True)
-def threads():
-    """What a bench sets for its process is put back."""
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
-
-
 def test_the_bench_runs(tmp_path: Path) -> None:
     """At a tiny size: a row for every reward and alpha, from one effective sample to all of them as alpha grows."""
     options = Options(prompts=2, samples=3, steps=2, alphas=(1e-6, 1e6), threads=1)
