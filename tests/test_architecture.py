@@ -161,8 +161,14 @@ def tracked(root: Path) -> list[Path]:
 
 
 def test_no_file_is_long(root: Path) -> None:
-    """One concept a file: none of them needs more than 350 lines."""
-    sources = [path for path in tracked(root) if path.suffix in (".py", ".toml", ".md", ".yaml", ".cff")]
+    """One concept a file: none that we write needs more than 350 lines; reports are written by a command."""
+    written = root / "docs" / "results"
+    sources = [
+        path
+        for path in tracked(root)
+        if path.suffix in (".py", ".toml", ".md", ".yaml", ".cff")
+        and (path.name != "report.md" or not path.is_relative_to(written))
+    ]
     long = {str(path): n for path in sources if (n := len(path.read_text(encoding="utf-8").splitlines())) > LONGEST}
     assert sources
     assert not long
