@@ -17,8 +17,8 @@ from scale.folder import sha256
 from scale.request import Request
 
 PACKAGES = ("diffusion-blend", "torch", "diffusers", "peft", "transformers")
-# the files that diffusers loads where no variant is asked for
-WEIGHTS = re.compile(r"diffusion_pytorch_model(-\d{5}-of-\d{5})?\.(safetensors|bin)")
+# the files that diffusers and transformers load where no variant is asked for
+WEIGHTS = re.compile(r"(diffusion_pytorch_model|model|pytorch_model)(-\d{5}-of-\d{5})?\.(safetensors|bin)")
 
 
 def settings(request: Request, adapters: Mapping[str, Path], pipe: Any, guidance: float | None) -> dict[str, Any]:
@@ -54,12 +54,25 @@ def settings(request: Request, adapters: Mapping[str, Path], pipe: Any, guidance
 
 
 def denoiser_hashes(pipe: Any) -> dict[str, str]:
-    """SHA-256 of the denoiser's `config.json` and weight files by name, where it came from a folder or the hub.
+    """`weight_hashes` of the denoiser."""
+    return weight_hashes(denoiser_of(pipe))
+
+
+def model_hashes(pipe: Any) -> dict[str, dict[str, str]]:
+    """`weight_hashes` of every network of a pipeline by its name: denoiser, autoencoder, text encoders."""
+    return {name: weight_hashes(part) for name, part in pipe.components.items() if isinstance(part, torch.nn.Module)}
+
+
+def weight_hashes(network: Any) -> dict[str, str]:
+    """SHA-256 of a network's `config.json` and weight files by name, where it came from a folder or the hub.
 
     They are what `sha256sum` prints and the hub shows. It takes a second for every GB or two.
     """
-    folder = Path(denoiser_of(pipe).config.get("_name_or_path") or "")
-    found = [path for path in sorted(folder.glob("diffusion_pytorch_model*")) if WEIGHTS.fullmatch(path.name)]
+    came_from = getattr(network.config, "_name_or_path", None)
+    if not came_from:
+        return {}
+    folder = Path(came_from)
+    found = [path for path in sorted(folder.glob("*")) if WEIGHTS.fullmatch(path.name)]
     safe = [path for path in found if path.suffix == ".safetensors"]
     files = [folder / "config.json", *(safe or found)]
     return {path.name: sha256(path) for path in files if path.is_file()}

@@ -17,6 +17,7 @@ from scale.train.experiment import read_table
 
 CONFIGS = Path(__file__).parent / "configs"
 FIGURES = ("pareto", "weighted", "lambda", "rewards-count", "certificate", "sheet")  # that `dblend report` draws
+TABLES = ("table1", "table2", "table3", "table4", "table5", "table6", "table7")  # of the paper
 NEEDS_NO_ADAPTER = ("base", "morl", "code", "rgg")
 
 
@@ -49,6 +50,9 @@ class Config:
     """None is float32 on the CPU and for the small world, bfloat16 on a GPU."""
     batch_size: int = 16
     figures: tuple[str, ...] = ()
+    """That a report draws; all where none is named."""
+    paper: tuple[str, ...] = ()
+    """Tables of the paper that this is a twin of: a report shows its numbers beside theirs."""
 
 
 def config_names() -> list[str]:
@@ -177,4 +181,5 @@ _PARSERS: dict[str, values.Parser] = {
     "lambdas": values.list_of(values.number(0.0)),
     "methods": lambda value: value,
     "figures": values.list_of(values.one_of(FIGURES)),
+    "paper": values.list_of(values.one_of(TABLES)),
 }

@@ -14,7 +14,7 @@ from scale.experiment.config import Config
 from scale.experiment.entries import STEERED
 from scale.experiment.jobs import Batch, Cell
 from scale.pipeline import DTYPES, draw, guidance_in_force, open_pipeline, set_scheduler
-from scale.record import denoiser_hashes
+from scale.record import model_hashes
 from scale.rewards.expression import parse_reward, terms_of
 from scale.rewards.protocol import Mix, Scorer
 
@@ -58,7 +58,7 @@ class Maker:
     def model(self) -> dict[str, Any]:
         """What the images depend on and the config does not say."""
         dtype = str(self.pipe.dtype).removeprefix("torch.")
-        return {"denoiser": denoiser_hashes(self.pipe), "guidance": self.guidance, "dtype": dtype}
+        return {"networks": model_hashes(self.pipe), "guidance": self.guidance, "dtype": dtype}
 
     @property
     def scorers(self) -> dict[str, Scorer]:

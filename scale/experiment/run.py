@@ -26,7 +26,7 @@ from scale.progress import progress_bar
 from scale.record import PACKAGES
 
 PATIENCE = timedelta(days=30)  # of a process that is done for the others
-NOT_IDENTITY = ("title", "figures")
+NOT_IDENTITY = ("title", "figures", "paper")
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ def processes() -> PartialState:
         raise ValueError(f"{launched} processes were launched, but only {state.num_processes} know of each other")
     if state.num_processes > 1 and not torch.cuda.is_available():
         here = int(os.environ.get("LOCAL_WORLD_SIZE", state.num_processes))
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // here))
+        torch.set_num_threads(max(1, _cores() // here))
     return state
 
 
@@ -154,6 +154,7 @@ def describe(
         "rewards": list(config.rewards),
         "also": list(config.also),
         "figures": list(config.figures),
+        "paper": list(config.paper),
         "jobs": _count(every),
         "batches": len(every),
         "identity": dict(identity),
@@ -178,6 +179,11 @@ def _agree(value: Any) -> Any:
 
 def _count(batches: Sequence[Batch]) -> int:
     return sum(len(batch.pictures) for batch in batches)
+
+
+def _cores() -> int:
+    """That this process may use, where the system says so."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _version(package: str) -> str:

@@ -32,7 +32,7 @@ IMAGES, RECORDS = "images", "records"
 COSTS = ("evaluations", "reward_calls", "gradients", "seconds", "peak_memory")
 CERTIFICATE = ("certificate", "disagreement", "ess", "log_weight")
 # what a reader of run.json relies on
-OF_RUN = {"rewards": list, "also": list, "figures": list, "skipped": list, "identity": dict, "jobs": int}
+OF_RUN = {"rewards": list, "also": list, "figures": list, "paper": list, "skipped": list, "identity": dict, "jobs": int}
 Row = dict[str, Any]
 
 
@@ -179,6 +179,8 @@ def _rows(record: Mapping[str, Any], axes: Sequence[str], also: Sequence[str]) -
     for image in images:
         rewards = {name: _number(image["rewards"][name]) for name in (*axes, *also)}
         certificate = image["certificate"] or {}
+        if not isinstance(image["prompt"], str) or not isinstance(image["seed"], int):
+            raise TypeError(f"the prompt {image['prompt']!r:.60} with the seed {image['seed']!r:.60}")
         own = {name: image[name] for name in ("job", "prompt", "prompt_index", "tag", "seed", "file", "sha256")}
         own |= {f"reward.{name}": reward for name, reward in rewards.items()}
         own |= {"weighted": sum(weights[name] * rewards[name] for name in axes)}

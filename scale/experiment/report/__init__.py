@@ -1,7 +1,7 @@
 """What a sweep has shown: tables with intervals, figures, checks, and the paper's numbers beside ours."""
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,10 @@ TABLES: Mapping[str, tuple[str, Callable[[Results], Frame | str], str]] = {
         "What did not reproduce stands first. Verdicts come from one interval each, not corrected for their number; "
         "the paper gives no thresholds for \"close\", so the goals are ours.",
     ),
-    "means": ("Means", mean_table, "Costs are per image; peak memory is in bytes, the largest batch's."),
+    "means": ("Means", mean_table,
+        "Costs are per image; peak memory is in bytes, the largest batch's. The images of one batch are scored while "
+        "the next is made, which seconds and memory then share.",
+    ),
     "gains": ("Gains over the base model", gain_table, "Image by image, paired by prompt and seed."),
     "shares": (
         "Shares of MORL's gain", share_table,
@@ -61,10 +64,13 @@ TABLES: Mapping[str, tuple[str, Callable[[Results], Frame | str], str]] = {
         "Wilson's 95 % intervals take images as independent.",
     ),
 }  # fmt: skip
+PAPER = ("paper-ratios", "paper-times", "paper")  # tables of `_paper`
 
 
 def write_report(folders: Sequence[Path], out: Path, *, beside_paper: bool = False) -> dict[str, Any]:
     """Read the runs, write `report.md`, `report.json`, a CSV a table and a PNG a figure into `out`; what JSON holds.
+
+    Tables and figures of an earlier report in `out` that this one does not have are removed.
 
     Raises:
         ValueError: folders that hold no runs, or runs that do not go together; `out` is a file.
@@ -96,6 +102,7 @@ def write_report(folders: Sequence[Path], out: Path, *, beside_paper: bool = Fal
             found["figures"].append(f"{name}.png")
             sections[f"Figure: {name}"] = ("", f"![{name}]({name}.png)")
     found["left_out"] = left_out
+    _remove_stale(out, {f"{name}.csv" for name in found["tables"]} | set(found["figures"]))
     title = " and ".join(dict.fromkeys(str(run.get("title") or "A sweep") for run in results.runs))
     text = write.page(title, _lead(results, left_out), sections)
     write_atomically(out / "report.md", lambda path: path.write_text(text, encoding="utf-8"))
@@ -110,6 +117,14 @@ def _figures(results: Results) -> list[str]:
     if unknown := [name for name in named if name not in FIGURES]:
         raise ValueError(f"no figure {', '.join(map(str, unknown))}; they are {', '.join(FIGURES)}")
     return list(dict.fromkeys(named)) or list(FIGURES)
+
+
+def _remove_stale(out: Path, written: Collection[str]) -> None:
+    """What an earlier report wrote under our names, and this one has not."""
+    ours = [f"{name}.csv" for name in (*TABLES, *PAPER)] + [f"{name}.png" for name in FIGURES]
+    for name in ours:
+        if name not in written:
+            (out / name).unlink(missing_ok=True)
 
 
 def _lead(results: Results, left_out: Mapping[str, str]) -> list[str]:
@@ -136,16 +151,19 @@ def _lead(results: Results, left_out: Mapping[str, str]) -> list[str]:
 
 
 def _paper(results: Results) -> dict[str, tuple[str, Callable[[Results], Frame | str], str]]:
-    lacking = "; ".join(paper.missing_numbers())
+    tables = paper.chosen(results)
+    lacking = "; ".join(paper.missing_numbers(tables)) or "none"
     ratios = (
         "How many times DB-MPA's weighted gain at w = 0.5 is another method's. The ratios that the paper prints are "
         "not those of its own Table 1; CoDe and RGG look exchanged. The text's gains of DB-MPA and DB-MPA-LS are "
         "0.42 and 0.39; Table 1 gives 0.42 and 0.405."
     )
     times = "The paper's are seconds on its GPU; only the multiples compare, and ours leave out scoring for the record."
-    return {
+    of_table_1 = {
         "paper-ratios": ("The paper's claim at w = 0.5", paper.ratio_table, ratios),
         "paper-times": ("Seconds an image, beside Table 1", paper.time_table, times),
+    }
+    return (of_table_1 if any(table["table"] == 1 for table in tables) else {}) | {
         "paper": (
             "Beside the paper's tables", paper.comparison,
             f"{paper.label_of_models(results)} Gains are of the weighted reward over the base model. "

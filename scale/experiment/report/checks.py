@@ -4,10 +4,9 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from PIL import Image
 
 from scale.experiment.report.bootstrap import Estimate, wilson
-from scale.experiment.report.frame import Frame, Results
+from scale.experiment.report.frame import Frame, Results, read_image
 from scale.experiment.report.means import cells
 from scale.mini import geneval, world
 
@@ -29,7 +28,9 @@ def check_table(results: Results) -> Frame | str:
     files = files[[Path(path).is_file() for path in files.index]]
     if files.empty:
         return "the checks take the run's images, which are not there"
-    passed = geneval.check((_read(path) for path in files.index), files.tolist()).set_axis(files.index, axis=0)
+    passed = geneval.check((np.asarray(read_image(path)) for path in files.index), files.tolist()).set_axis(
+        files.index, axis=0
+    )
     rows, based = [], False
     for cell, part in cells(results):
         is_base = results.method(str(cell["label"])) == "base"
@@ -48,8 +49,3 @@ def _share(answers: Frame) -> Estimate | None:
         return None
     low, high = wilson(int(known.sum()), len(known))
     return Estimate(float(known.mean()), low, high, len(known), len(known), "images")
-
-
-def _read(path: str) -> np.ndarray:
-    with Image.open(path) as picture:
-        return np.asarray(picture.convert("RGB"))

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from PIL import Image
 
 from scale.experiment.store import IMAGES, load
 
@@ -18,7 +19,7 @@ CELL = ["label", "preference", "kl_scale"]
 IMAGE = ["prompt", "seed"]
 COSTS = ("seconds", "evaluations", "reward_calls", "gradients", "peak_memory")
 # of a run's identity: what images must have in common to be compared
-SAME = ("model", "rewards", "steps", "guidance", "eta", "scheduler", "dtype")
+SAME = ("model", "model_files", "rewards", "adapters", "steps", "guidance", "eta", "scheduler", "dtype")
 DIGITS = 6  # of a weight: preferences that agree to this are the same
 
 
@@ -93,7 +94,9 @@ def combine(runs: Sequence[Mapping[str, Any]], tables: Sequence[Frame]) -> Resul
     for what in SAME:
         kinds = {str(run["identity"].get(what)) for run in runs}
         if len(kinds) > 1:
-            raise ValueError(f"the runs have different {what}: {' and '.join(sorted(kinds))}; report on them apart")
+            raise ValueError(
+                f"the runs have different {what}: {' and '.join(sorted(kinds)):.300}; report on them apart"
+            )
     rewards = tuple(runs[0]["rewards"])
     frame: Frame = pd.concat([table for table in tables if len(table)] or tables[:1], ignore_index=True)
     if frame.empty:
@@ -115,9 +118,14 @@ def reward_columns(rewards: Sequence[str]) -> list[str]:
     return [f"reward.{name}" for name in rewards]
 
 
-def preference_name(weights: Sequence[float]) -> str:
-    """`w = 0.2` for two rewards (the weight of the first), `0.2 / 0.3 / 0.5` for more."""
-    return f"w = {weights[0]:.4g}" if len(weights) < 3 else " / ".join(f"{weight:.3g}" for weight in weights)
+def preference_names(weights: Sequence[tuple[float, ...]]) -> list[str]:
+    """`w = 0.2` for two rewards (the weight of the first), `0.2 / 0.3 / 0.5` for more; 3 digits or more."""
+    for digits in range(3, DIGITS + 1):
+        shown = [[f"{weight:.{digits}g}" for weight in row] for row in weights]
+        names = [f"w = {row[0]}" if len(row) < 3 else " / ".join(row) for row in shown]
+        if len(set(names)) == len(set(weights)):
+            break
+    return names
 
 
 def select(frame: Frame, label: str, preference: str | None = None, kl_scale: float | None = None) -> Frame:
@@ -150,7 +158,7 @@ def _under_preferences(frame: Frame, rewards: Sequence[str]) -> Frame:
     others["kl_scale"] = others["kl_scale"].fillna(1.0)
     whole = pd.concat([base[frame.columns], others], ignore_index=True) if len(base) else others.reset_index(drop=True)
     weights = whole[columns].to_numpy(float)
-    names = [preference_name(row) for row in weights.tolist()]
+    names = preference_names([tuple(row) for row in weights.tolist()])
     weighted = (weights * whole[reward_columns(rewards)].to_numpy(float)).sum(1)
     return whole.assign(preference=names, weighted=weighted)
 
@@ -166,6 +174,15 @@ def _once(frame: Frame) -> Frame:
             f"{row['seed']}: their settings differ; report on them apart, or give the methods different labels"
         )
     return kept.reset_index(drop=True)
+
+
+def read_image(path: str) -> Image.Image:
+    """An image of a run, in RGB. ValueError where the file is none."""
+    try:
+        with Image.open(path) as picture:
+            return picture.convert("RGB")
+    except (OSError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{path} is no image: {error}; delete it, and let `dblend sweep` make it again") from error
 
 
 def same_images(frames: Sequence[Frame]) -> list[Frame]:

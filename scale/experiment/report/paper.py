@@ -1,6 +1,6 @@
 """The paper's published numbers (`paper.yaml`), and ours beside them."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -40,10 +40,16 @@ def weighted_gain(table: Mapping[str, Any], w: float, method: str) -> float | No
     return float(sum(weight * (value - zero) for weight, value, zero in zip(weights, cell, base, strict=True)))
 
 
+def chosen(results: Results) -> list[Mapping[str, Any]]:
+    """The tables that the runs' configs name, for other tables may have other rewards; all, where they name none."""
+    named = {name for run in results.runs for name in run["paper"]}
+    return [table for table in published()["tables"] if not named or f"table{table['table']}" in named]
+
+
 def comparison(results: Results) -> Frame:
     """A row for each cell that the paper prints: its numbers, its weighted gain over SD, and ours if there is one."""
     rows = []
-    for table in published()["tables"]:
+    for table in chosen(results):
         for w, line in _rows(table):
             for method, cell in line.items():
                 row = {"paper": f"Table {table['table']}, {table['model']}", "at": _place(table, w)}
@@ -140,10 +146,10 @@ def _ratio(results: Results, method: str) -> Estimate | None:
     return estimate(values, prompts, lambda m: (m[..., 0] - m[..., 2]) / (m[..., 1] - m[..., 2]))
 
 
-def missing_numbers() -> list[str]:
+def missing_numbers(tables: Sequence[Mapping[str, Any]]) -> list[str]:
     """Where the paper's text lacks numbers, in words, from the data's nulls."""
     found = []
-    for table in published()["tables"]:
+    for table in tables:
         rows = table["rows"]
         if rows is None:
             found.append(f"Table {table['table']}: every number")

@@ -4,9 +4,8 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
-from PIL import Image
 
-from scale.experiment.report.frame import Frame, Results, select
+from scale.experiment.report.frame import Frame, Results, read_image, select
 from scale.experiment.report.front import at_one_scale
 from scale.experiment.report.style import make_figure
 
@@ -70,7 +69,6 @@ def _pixels(cell: Frame) -> np.ndarray | None:
     """The first image of a cell, reduced to at most 160 pixels; None where there is none."""
     if cell.empty or not Path(cell["path"].iloc[0]).is_file():
         return None
-    with Image.open(cell["path"].iloc[0]) as picture:
-        picture = picture.convert("RGB")
-        picture.thumbnail((PIXELS, PIXELS))
-        return np.asarray(picture)
+    picture = read_image(cell["path"].iloc[0])
+    picture.thumbnail((PIXELS, PIXELS))
+    return np.asarray(picture)

@@ -31,6 +31,7 @@ def write_run(
     effect: Effect = gains,
     pictures: int = 0,
     figures: Sequence[str] = (),
+    paper: Sequence[str] = (),
     unmade: int = 0,
     **identity: Any,
 ) -> Path:
@@ -50,6 +51,7 @@ def write_run(
         "rewards": list(rewards),
         "also": ["jpeg"],
         "figures": list(figures),
+        "paper": list(paper),
         "jobs": size * len(cells),
     }
     run |= {"identity": {"model": None, "rewards": list(rewards), "steps": 20, **identity}, "skipped": []}

@@ -4,8 +4,17 @@ from pathlib import Path
 
 import pytest
 
+from scale.experiment.report import write_report
 from scale.experiment.report.frame import load_results
-from scale.experiment.report.paper import comparison, missing_numbers, published, ratio_table, time_table, weighted_gain
+from scale.experiment.report.paper import (
+    chosen,
+    comparison,
+    missing_numbers,
+    published,
+    ratio_table,
+    time_table,
+    weighted_gain,
+)
 from tests.scale.experiment.report.runs import two_rewards, write_run
 
 TABLES = {table["table"]: table for table in published()["tables"]}
@@ -23,7 +32,7 @@ def test_every_table_is_there_with_its_source() -> None:
 
 def test_what_is_missing_is_null() -> None:
     """All of Table 4 and the last RGG cells of Tables 2 and 3, which our text lacks; nothing else."""
-    assert missing_numbers() == [
+    assert missing_numbers(published()["tables"]) == [
         "Table 2, w = 0.5: RGG, reward 2",
         "Table 2, w = 0.8: RGG, reward 2",
         "Table 3, w = 0.8: RGG, reward 2",
@@ -75,6 +84,17 @@ def test_ours_stand_beside_the_papers(tmp_path: Path) -> None:
     assert ratios.loc["CoDe", "ours"].value == pytest.approx(1.9, abs=0.15)
     assert ratios.loc["RGG", "ours"] is None or ratios["ours"].isna()["RGG"]
     assert time_table(results).set_index("method").loc["DB-MPA", "paper / SD"] == pytest.approx(2.035, abs=1e-3)
+
+
+@pytest.mark.parametrize(("named", "tables"), [((), 7), (("table5",), 1), (("table1", "table2"), 2)])
+def test_a_run_stands_beside_the_tables_that_it_is_a_twin_of(tmp_path: Path, named: tuple, tables: int) -> None:
+    """A run of two rewards has no business beside another table's rewards; one that names none sees all."""
+    run = write_run(tmp_path / "run", two_rewards(("mpa",)), prompts=3, paper=named)
+    made = chosen(load_results([run]))
+    assert len(made) == tables
+    assert {f"table{table['table']}" for table in made} >= set(named)
+    found = write_report([run], tmp_path / "out", beside_paper=True)
+    assert ("paper-ratios" in found["tables"]) == (not named or "table1" in named)
 
 
 def test_seconds_are_those_of_blends(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from scale.cli import main
 from scale.experiment.config import FIGURES
 from scale.experiment.report import FIGURES as DRAWN
 from scale.experiment.report import write_report
-from scale.experiment.report.frame import load_results
+from scale.experiment.report.frame import load_results, preference_names
 from tests.scale.experiment.report.runs import two_rewards, write_run
 
 METHODS = ("mpa", "mpa-ls", "rs", "rs-factors", "morl", "code")
@@ -107,6 +107,8 @@ def test_bad_folders_are_refused(run: Path, tmp_path: Path, capsys: pytest.Captu
         load_results([run, write_run(tmp_path / "b", [("mpa", {"jpeg": 1.0, "symmetry": 0.0}, 1.0)], rewards=names)])
     with pytest.raises(ValueError, match="different steps"):
         load_results([run, write_run(tmp_path / "c", [("mpa", SECOND, 1.0)], steps=50)])
+    with pytest.raises(ValueError, match="different adapters"):
+        load_results([run, write_run(tmp_path / "d", [("mpa", SECOND, 1.0)], adapters={"alignment": "1f"})])
     file = tmp_path / "file"
     file.touch()
     with pytest.raises(ValueError, match="is a file"):
@@ -115,6 +117,40 @@ def test_bad_folders_are_refused(run: Path, tmp_path: Path, capsys: pytest.Captu
         main(["report", str(tmp_path)])
     assert ended.value.code == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_what_an_earlier_report_left_is_removed(tmp_path: Path) -> None:
+    """The tables and figures that this report has not are gone; what is not ours stays."""
+    out = tmp_path / "out"
+    write_report([write_run(tmp_path / "a", two_rewards(("mpa", "morl")), prompts=4)], out, beside_paper=True)
+    (out / "notes.csv").write_text("mine")
+    assert {"shares.csv", "paper.csv", "pareto.png"} <= {path.name for path in out.iterdir()}
+    found = write_report([write_run(tmp_path / "b", two_rewards(("mpa",)), prompts=4, figures=["weighted"])], out)
+    left = {path.name for path in out.iterdir()}
+    assert left == {f"{name}.csv" for name in found["tables"]} | {
+        "weighted.png",
+        "notes.csv",
+        "report.md",
+        "report.json",
+    }
+    assert not left & {"shares.csv", "paper.csv", "pareto.png"}
+
+
+@pytest.mark.parametrize(("figure", "pictures"), [("sheet", 1), ("certificate", 1)])
+def test_a_file_that_is_no_image_is_named(tmp_path: Path, figure: str, pictures: int) -> None:
+    """The sheet and the checks read images: a broken one is a ValueError with its path."""
+    run = write_run(tmp_path / "a", two_rewards(("mpa", "morl")), prompts=2, pictures=pictures, figures=[figure])
+    (broken,) = (path for path in (run / "images").iterdir() if path.name.startswith("base"))
+    broken.write_bytes(b"no image")
+    with pytest.raises(ValueError, match=rf"{broken.name} is no image"):
+        write_report([run], tmp_path / "out")
+
+
+def test_preferences_that_are_close_have_names_of_their_own() -> None:
+    """Three digits, and as many more as tell all of them apart."""
+    assert preference_names([(0.2, 0.8), (1 / 3, 2 / 3), (0.2, 0.8)]) == ["w = 0.2", "w = 0.333", "w = 0.2"]
+    assert preference_names([(0.3333, 0.6667), (0.3334, 0.6666)]) == ["w = 0.3333", "w = 0.3334"]
+    assert preference_names([(0.2, 0.3, 0.5)]) == ["0.2 / 0.3 / 0.5"]
 
 
 def test_an_unknown_figure_is_refused(tmp_path: Path) -> None:
@@ -130,6 +166,7 @@ ODD_RECORDS = (
     ("made_by", {"method": "mpa", "weights": [1], "kl_scale": 1.0}),
     ("images", []),
     ("cost", {}),
+    ("images", [{"prompt": ["a list"], "seed": 0, "rewards": {}, "certificate": None}]),
 )
 
 
