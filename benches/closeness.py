@@ -1,6 +1,5 @@
 """`python -m benches.closeness`: how close the methods of one evaluation come to DB-MPA, on the shipped model."""
 
-import json
 import tempfile
 import time
 from collections.abc import Mapping
@@ -19,7 +18,7 @@ from torch import Tensor
 
 from benches.closeness_draw import METHODS, REFERENCE, SHIPPED, Drawn, blended, decode, pictures, scaled_adapters
 from benches.closeness_figures import Figure, Values, figure, order, ratio, rms_distance
-from dbtheory.files import write_atomically
+from benches.output import JsonFile, write_record
 from dbtheory.preference import Preference
 from scale import mini
 from scale.mini import world
@@ -192,19 +191,17 @@ def measure(options: Options, console: Console) -> dict[str, Any]:
 
 def main(
     options: Annotated[Options, tyro.conf.OmitArgPrefixes] = Options(),
-    json_file: Annotated[Path | None, tyro.conf.arg(name="json")] = None,
+    json_file: JsonFile = None,
 ) -> None:
     """Prints how far each method's latents lie from DB-MPA's of the same noise, beside its rewards and its evaluations.
 
     Args:
         options: What is drawn.
-        json_file: Also write the figures to this file.
     """
     torch.set_num_threads(options.threads)
     # a file or a pipe is 80 wide by default, and the table is not
     record = measure(options, Console(width=max(Console().width, 140)))
-    if json_file is not None:
-        write_atomically(json_file, lambda path: path.write_text(json.dumps(record, indent=1) + "\n"))
+    write_record(json_file, record)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,7 @@
 """`python -m benches.closeness_cheaper`: how close to DB-MPA one comes with fewer evaluations, on the shipped model."""
 
-import json
 import time
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Annotated, Any
 
 import torch
@@ -15,7 +13,7 @@ from rich.table import Table
 from benches.closeness_draw import REFERENCE, SHIPPED, draw_latents, pictures
 from benches.closeness_figures import Figure, figure, rms_distance
 from benches.closeness_prototypes import candidates
-from dbtheory.files import write_atomically
+from benches.output import JsonFile, write_record
 from dbtheory.preference import Preference
 from scale import mini
 from scale.attachment import attach
@@ -94,13 +92,12 @@ def table(rows: list[Row], title: str) -> Table:
 
 def main(
     options: Annotated[Options, tyro.conf.OmitArgPrefixes] = Options(),
-    json_file: Annotated[Path | None, tyro.conf.arg(name="json")] = None,
+    json_file: JsonFile = None,
 ) -> None:
     """Prints evaluations a step and the distance to DB-MPA's latents of the same noise, for every candidate.
 
     Args:
         options: What is drawn.
-        json_file: Also write the figures to this file.
     """
     torch.set_num_threads(options.threads)
     console, started, pipe = Console(), time.perf_counter(), open_pipeline(mini.MODEL)
@@ -112,9 +109,7 @@ def main(
         settings.append({"steps": steps, "eta": eta, "rows": [asdict(row) for row in rows]})
     seconds = time.perf_counter() - started
     console.print(f"{seconds:.0f} s")
-    if json_file is not None:
-        record = json.dumps({"options": asdict(options), "seconds": seconds, "settings": settings}, indent=1)
-        write_atomically(json_file, lambda path: path.write_text(record + "\n"))
+    write_record(json_file, {"options": asdict(options), "seconds": seconds, "settings": settings})
 
 
 if __name__ == "__main__":

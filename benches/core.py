@@ -1,22 +1,20 @@
 """`python -m benches.core`: the core's speed and memory as ratios to its peers', measured in one run."""
 
-import json
 import platform
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from importlib.util import find_spec
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
 import tyro
 
 from benches.memory import STATUS, score_memory
+from benches.output import JsonFile, write_record
 from benches.peers import autograd_score, jax_scores, optional, torchsde_sample, use_threads
 from benches.problem import gaussian_mixture, points
 from benches.timing import take_turns
 from dbtheory import ExactExperts, MeanBlend, Preference, sample
-from dbtheory.files import write_atomically
 from dbtheory.sampler import time_grid
 from toys import get
 
@@ -148,13 +146,12 @@ def _installed(name: str) -> bool:
 
 def main(
     sizes: Sizes = DEFAULTS,
-    json_file: Annotated[Path | None, tyro.conf.arg(name="json")] = None,
+    json_file: JsonFile = None,
 ) -> None:
     """Prints the core's speed and memory beside its peers', from one run.
 
     Args:
         sizes: What is measured.
-        json_file: Also write the figures to this file.
     """
     use_threads(sizes.threads)
     facts, rows = environment(sizes), []
@@ -163,9 +160,7 @@ def main(
         for row in bench(sizes):
             print(row, flush=True)
             rows.append(asdict(row) | {"met": row.met})
-    if json_file is not None:
-        record = json.dumps({"environment": facts, "rows": rows}, indent=1)
-        write_atomically(json_file, lambda path: path.write_text(record))
+    write_record(json_file, {"environment": facts, "rows": rows})
 
 
 if __name__ == "__main__":

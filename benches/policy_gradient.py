@@ -6,14 +6,12 @@ as far as the value errs. The mean cosine between two batches says how much of a
 `|g|^2 / E|g_i|^2`.
 """
 
-import json
 import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from itertools import combinations
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 import tyro
@@ -21,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from dbtheory.files import write_atomically
+from benches.output import JsonFile, write_record
 from scale import mini
 from scale.mini import world
 from scale.pipeline import open_pipeline
@@ -126,13 +124,12 @@ def measure(options: Options) -> list[Row]:
 
 def main(
     options: Annotated[Options, tyro.conf.OmitArgPrefixes] = Options(),
-    json_file: Annotated[Path | None, tyro.conf.arg(name="json")] = None,
+    json_file: JsonFile = None,
 ) -> None:
     """Prints the table.
 
     Args:
         options: What is drawn.
-        json_file: Also write the figures to this file.
     """
     torch.set_num_threads(options.threads)
     started, facts = time.perf_counter(), asdict(options)
@@ -144,9 +141,7 @@ def main(
         table.add_row(each.estimator, f"{each.cosine:.4f} +- {each.error:.4f}", f"{each.norm:.2e}")
     console = Console(width=max(Console().width, 100))
     console.print(table, f"{time.perf_counter() - started:.0f} s")
-    if json_file is not None:
-        record: dict[str, Any] = {"environment": facts, "rows": [asdict(each) for each in rows]}
-        write_atomically(json_file, lambda path: path.write_text(json.dumps(record, indent=1) + "\n"))
+    write_record(json_file, {"environment": facts, "rows": [asdict(each) for each in rows]})
 
 
 if __name__ == "__main__":

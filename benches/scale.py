@@ -1,6 +1,5 @@
 """`python -m benches.scale`: the blend's speed and memory on real denoisers, as ratios to plain diffusers'."""
 
-import json
 import platform
 import tempfile
 from collections.abc import Mapping
@@ -16,11 +15,11 @@ from rich.console import Console
 
 from benches import scale_child, scale_layer, scale_switch
 from benches.core import Row
+from benches.output import JsonFile, write_record
 from benches.scale_contestants import DEFAULT, PLAIN, REFERENCE, Contestant, Task, known
 from benches.scale_models import ARCHITECTURES, random_unet, room_for, save_adapters
 from benches.scale_report import figures_table, layers_table, rows_table, targets
 from benches.timing import take_turns
-from dbtheory.files import write_atomically
 
 Key = tuple[str, int]
 Figures = dict[Key, dict[str, float]]
@@ -170,20 +169,18 @@ def measure(options: Options, console: Console) -> dict[str, Any]:
 
 def main(
     options: Annotated[Options, tyro.conf.OmitArgPrefixes] = Options(),
-    json_file: Annotated[Path | None, tyro.conf.arg(name="json")] = None,
+    json_file: JsonFile = None,
 ) -> None:
     """Prints what a blend costs on a real denoiser beside plain diffusers and the reference's design, from one run.
 
     Args:
         options: What is measured.
-        json_file: Also write the figures to this file.
     """
     torch.set_num_threads(options.threads)
     logging.set_verbosity_error()
     console = Console()
     record = measure(options, console if console.is_terminal else Console(width=150))
-    if json_file is not None:
-        write_atomically(json_file, lambda path: path.write_text(json.dumps(record, indent=1) + "\n"))
+    write_record(json_file, record)
 
 
 if __name__ == "__main__":

@@ -23,9 +23,9 @@ from rich.console import Console
 
 from benches.core import Row
 from benches.memory import ROOT
+from benches.output import JsonFile, write_record
 from benches.scale_report import rows_table
 from benches.timing import Timing, take_turns
-from dbtheory.files import write_atomically
 from scale.attachment import attach
 from scale.experiment import run as running
 from scale.experiment.config import Config, read_config
@@ -153,13 +153,15 @@ def covered(intervals: Sequence[Interval]) -> float:
 
 
 def throughput(config: Path, folder: Path, processes: int) -> float:
-    """Batches a second of launched processes, between the first record and the last: without starting up."""
+    """Rows through the denoiser a second of launched processes, from the first record on: without starting up."""
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     command = [*launch, "-m", "scale.cli", "sweep", str(config), "--out", str(folder)]
     subprocess.run(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=True, capture_output=True)
-    times = sorted(path.stat().st_mtime for path in (folder / "records").glob("*.json"))
+    records = sorted((folder / "records").glob("*.json"), key=lambda path: path.stat().st_mtime)
+    times = [path.stat().st_mtime for path in records]
+    rows = [json.loads(path.read_text())["cost"]["evaluations"] for path in records]
     # the first of every process starts the clock together
-    return (len(times) - processes) / (times[-1] - times[processes - 1])
+    return sum(rows[processes:]) / (times[-1] - times[processes - 1])
 
 
 def measure(options: Options) -> list[Row]:
@@ -192,21 +194,18 @@ def _rows(timings: Mapping[str, Timing], overhead: float) -> list[Row]:
 
 def main(
     options: Annotated[Options, tyro.conf.OmitArgPrefixes] = Options(),
-    json_file: Annotated[Path | None, tyro.conf.arg(name="json")] = None,
+    json_file: JsonFile = None,
 ) -> None:
     """Prints the sweep's overhead, its time beside a bare diffusers loop, and the throughput of two processes.
 
     Args:
         options: What is measured.
-        json_file: Also write the figures to this file.
     """
     torch.set_num_threads(options.threads)
     rows = measure(options)
     console = Console()
     (console if console.is_terminal else Console(width=150)).print(rows_table(rows))
-    if json_file is not None:
-        listed = [asdict(row) | {"met": row.met} for row in rows]
-        write_atomically(json_file, lambda path: path.write_text(json.dumps(listed, indent=1) + "\n"))
+    write_record(json_file, [asdict(row) | {"met": row.met} for row in rows])
 
 
 if __name__ == "__main__":

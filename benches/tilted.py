@@ -5,10 +5,8 @@ family scales it, and every alpha: the mean effective sample size of a prompt, t
 and the gain in reward that the weighted samples promise.
 """
 
-import json
 import time
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Annotated
 
 import torch
@@ -17,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from dbtheory.files import write_atomically
+from benches.output import JsonFile, write_record
 from scale import mini
 from scale.mini import world
 from scale.mini.family import SINGLE
@@ -76,13 +74,12 @@ def measure(options: Options) -> list[Row]:
 
 def main(
     options: Annotated[Options, tyro.conf.OmitArgPrefixes] = Options(),
-    json_file: Annotated[Path | None, tyro.conf.arg(name="json")] = None,
+    json_file: JsonFile = None,
 ) -> None:
     """Prints the table.
 
     Args:
         options: What is drawn.
-        json_file: Also write the figures to this file.
     """
     torch.set_num_threads(options.threads)
     started, facts = time.perf_counter(), asdict(options)
@@ -95,9 +92,7 @@ def main(
         table.add_row(each.reward, *figures, f"{each.gain:+.3f}")
     console = Console(width=max(Console().width, 100))
     console.print(table, f"{time.perf_counter() - started:.0f} s")
-    if json_file is not None:
-        record = {"environment": facts, "rows": [asdict(each) for each in rows]}
-        write_atomically(json_file, lambda path: path.write_text(json.dumps(record, indent=1) + "\n"))
+    write_record(json_file, {"environment": facts, "rows": [asdict(each) for each in rows]})
 
 
 if __name__ == "__main__":
