@@ -120,6 +120,7 @@ def reward_columns(rewards: Sequence[str]) -> list[str]:
 
 def preference_names(weights: Sequence[tuple[float, ...]]) -> list[str]:
     """`w = 0.2` for two rewards (the weight of the first), `0.2 / 0.3 / 0.5` for more; 3 digits or more."""
+    names: list[str] = []
     for digits in range(3, DIGITS + 1):
         shown = [[f"{weight:.{digits}g}" for weight in row] for row in weights]
         names = [f"w = {row[0]}" if len(row) < 3 else " / ".join(row) for row in shown]
