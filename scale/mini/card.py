@@ -37,7 +37,8 @@ colour has by chance put the words of some held-out prompts under pictures of so
 - `model/`: a StableDiffusionPipeline (text encoder 0.1 M, autoencoder 0.2 M, UNet 3.9 M parameters), half precision.
 - `judge/`: names colours and shapes; every one of them right on {judged:.2%} of held-out renders.
 - `adapters/`: rank-4 LoRA by DPOK (`scale/train/dpok.py`), settings and curve in each `training.json`. All share
-  seeds, prompts and budget, but for the seed of those that end in `-seed1`; alpha is {alpha:g} over lambda.
+  seeds, prompts and budget; alpha is {alpha:g} over lambda. `colorfulness-turned` is `colorfulness` in other factors
+  (`scale/mini/turn.py`), for soups.
 - `curves.png`: the training curves.
 
 ## As trained, without guidance

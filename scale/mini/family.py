@@ -11,12 +11,10 @@ SCALES = {"alignment": 1.0, "colorfulness": 1.0, "symmetry": 2.0, "jpeg": 1.0}
 
 @dataclass(frozen=True)
 class Expert:
-    """One member: its preference over the scaled rewards, the KL scale lambda, which divides alpha, and an origin."""
+    """One member: its preference over the scaled rewards, and the KL scale lambda, which divides alpha."""
 
     weights: Mapping[str, float]
     kl_scale: float = 1.0
-    origin: int = 0
-    """Added to the seed: another first factor A of the adapter, other samples."""
 
     @property
     def reward(self) -> str:
@@ -24,8 +22,8 @@ class Expert:
         return " + ".join(f"{w * SCALES[name]:.12g}*{name}" for name, w in self.weights.items())
 
     def settings(self, common: Dpok = MINI) -> Dpok:
-        """All but alpha (and the seed, of another origin) is common to the family, so that comparisons are fair."""
-        return replace(common, alpha=common.alpha / self.kl_scale, seed=common.seed + self.origin)
+        """Everything but alpha is common to the family: seeds, prompts and budget, so that comparisons are fair."""
+        return replace(common, alpha=common.alpha / self.kl_scale)
 
 
 def _mixed(first: str, second: str, percent: int) -> dict[str, Expert]:
@@ -51,7 +49,5 @@ FAMILY: dict[str, Expert] = {
     **{k: v for percent in (20, 70, 200) for k, v in _scaled("alignment", percent).items()},
     **_uniform("alignment", "colorfulness", "jpeg"),
     **_uniform(*SCALES),
-    # for soups: members of one seed begin at the same factor A, adapters that people bring do not
-    "colorfulness-seed1": Expert({"colorfulness": 1.0}, origin=1),
 }
 """By name, percent in the names: `alignment20-colorfulness80` has w = 0.2, `alignment-lambda50` lambda = 0.5."""

@@ -18,15 +18,13 @@ def test_every_reward_of_the_world_has_an_expert() -> None:
 
 @pytest.mark.parametrize("name", FAMILY)
 def test_weights_are_a_preference(name: str) -> None:
-    """They are positive and sum to one, and the percents of the name say them, or lambda, or its origin."""
+    """They are positive and sum to one, and the percents of the name say them, or lambda."""
     expert = FAMILY[name]
     assert all(weight > 0 for weight in expert.weights.values())
     assert sum(expert.weights.values()) == pytest.approx(1)
     said = [int(digits) for part in name.split("-") if (digits := "".join(filter(str.isdigit, part)))]
     if "lambda" in name:
         assert [100 * expert.kl_scale] == pytest.approx(said)
-    elif "seed" in name:
-        assert [expert.origin] == said
     elif said:
         assert [100 * weight for weight in expert.weights.values()] == pytest.approx(said)
 
@@ -42,9 +40,8 @@ def test_the_expression_is_the_weighted_sum(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", FAMILY)
-def test_only_alpha_and_origin_differ(name: str) -> None:
-    """Prompts and budget are one for all, seeds too but for another origin's; alpha is divided by lambda."""
+def test_only_alpha_differs(name: str) -> None:
+    """Seeds, prompts and budget are one for all, so that MORL is a fair oracle; alpha is divided by lambda."""
     settings = FAMILY[name].settings()
-    assert settings.seed == MINI.seed + FAMILY[name].origin
     assert settings.alpha * FAMILY[name].kl_scale == pytest.approx(MINI.alpha)
-    assert replace(settings, alpha=MINI.alpha, seed=MINI.seed) == MINI
+    assert replace(settings, alpha=MINI.alpha) == MINI
