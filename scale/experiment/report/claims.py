@@ -157,6 +157,8 @@ def _follows_experts(results: Results) -> Iterator[Finding]:
         for preference in results.preferences():
             experts = select(results.frame, expert, preference)
             for scale, part in experts.groupby("kl_scale"):
+                if scale == 1:  # the two are one model there
+                    continue
                 ours = select(results.frame, label, preference, float(str(scale)))
                 share = gain_share(ours, part, base_of(results, preference))
                 if share is not None:
