@@ -154,3 +154,20 @@ def test_gains_are_followed_as_rewards_are_added(tmp_path: Path) -> None:
     found = {finding.claim: finding.verdict for finding in evaluate(results) if "rewards are added" in finding.claim}
     assert set(found) == {f"the gain of {what} as rewards are added" for what in ("mpa is stable", "rs-factors falls")}
     assert set(found.values()) == {REPRODUCED}
+
+
+def test_a_blend_follows_the_expert_of_each_lambda(tmp_path: Path) -> None:
+    """DB-KLA at .9 of the experts' gain follows them, and at a half does not; at lambda = 1 the two are one model."""
+    one, claim = {"alignment": 1.0}, "DB-KLA follows the expert of each lambda"
+    cells = [
+        ("base", {"alignment": 0.0}, 1.0),
+        *((m, one, scale) for m in ("kla", "morl") for scale in (0.5, 1.0, 2.0)),
+    ]
+    for name, share, expected in (("near", 0.9, REPRODUCED), ("half", 0.5, NOT)):
+
+        def effect(method: str, weights: Mapping[str, float], kl_scale: float, share: float = share) -> list[float]:
+            return [(share if method == "kla" else 1.0) * kl_scale * weights["alignment"]]
+
+        results = load_results([write_run(tmp_path / name, cells, rewards=("alignment",), effect=effect)])
+        found = {finding.where: finding.verdict for finding in evaluate(results) if finding.claim == claim}
+        assert found == {"w = 1, lambda 0.5": expected, "w = 1, lambda 2": expected}
