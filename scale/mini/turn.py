@@ -15,8 +15,9 @@ from torch import Generator, Tensor
 
 from dbtheory.files import write_atomically
 from scale import mini
+from scale.adapters import FILE_NAMES
 
-FILE = "pytorch_lora_weights.safetensors"
+FILE = FILE_NAMES[0]
 DOWN, UP = "lora_A", "lora_B"
 
 
