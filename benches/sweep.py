@@ -46,7 +46,7 @@ class Options:
     steps: int = 10
     batch: int = 8
     repeats: int = 3
-    """Turns of the sweep and of the bare loop; medians are shown."""
+    """Turns of the sweep and of the bare loop, and of one process and two; medians are shown."""
     threads: int = torch.get_num_threads()
     processes: bool = True
     """Also launch one and two processes."""
@@ -176,7 +176,8 @@ def measure(options: Options) -> list[Row]:
             timings = take_turns({"sweep": sweep, "bare loop": bare}, options.repeats)
         rows = _rows(timings, statistics.median(sweep.shares[1:]))
         if options.processes:
-            one, two = (throughput(path, folder / f"{count}", count) for count in (1, 2))
+            turns = [[throughput(path, folder / f"{turn}-{n}", n) for n in (1, 2)] for turn in range(options.repeats)]
+            one, two = (statistics.median(column) for column in zip(*turns, strict=True))
             bound = 1.9 if torch.cuda.device_count() >= 2 else None
             made_from = {"one": one, "two": two}
             rows.append(Row("processes", "two against one, 1 thread each on a CPU", two / one, "x", made_from, bound))

@@ -6,12 +6,14 @@ adapters, and the card that states what came out. What is in the folder already 
 """
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
+from threading import Thread
 
 import torch
 import tyro
@@ -114,9 +116,24 @@ def build_adapters(options: Build) -> None:
             build_adapter(name, options)
         return
     threads = max(1, torch.get_num_threads() // options.processes)
-    with ProcessPoolExecutor(options.processes, get_context("spawn")) as pool:
+    with workers(options.processes) as pool:
         for done in [pool.submit(build_adapter, name, options, threads) for name in options.experts]:
             done.result()
+
+
+def workers(processes: int) -> ProcessPoolExecutor:
+    """Processes that end with this one, even where it is killed: they would train on, unseen."""
+    return ProcessPoolExecutor(processes, get_context("spawn"), initializer=_end_with_parent)
+
+
+def _end_with_parent() -> None:
+    def watch() -> None:
+        parent = parent_process()
+        assert parent is not None
+        parent.join()
+        os._exit(1)
+
+    Thread(target=watch, daemon=True).start()
 
 
 def _claim(options: Build) -> None:

@@ -1,6 +1,8 @@
 """`python -m scale.mini.build`, every stage made tiny."""
 
 import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -47,6 +49,23 @@ def test_every_stage_runs_and_is_not_run_again(tiny: Build) -> None:
     kept = {path: path.stat().st_mtime_ns for path in files if path.name not in card_files}
     assert all(files[path] == when for path, when in kept.items())
     assert (tiny.out / "card.json").is_file()
+
+
+@pytest.mark.slow
+def test_workers_end_with_a_killed_parent() -> None:
+    """Their common output closes, which it does when the last of them has ended."""
+    script = """
+import os, time
+from scale.mini.build import workers
+pool = workers(1)
+print(pool.submit(os.getpid).result(), flush=True)
+pool.submit(time.sleep, 600).result()
+"""
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        assert int(parent.stdout.readline()) != parent.pid
+        parent.kill()
+        assert parent.communicate(timeout=60)[0] == ""
 
 
 @pytest.mark.slow
