@@ -88,9 +88,13 @@ def encode(vae: AutoencoderKL, images: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def train_denoiser(
-    vae: AutoencoderKL, images: Tensor, captions: list[str], work: Path, steps: int, seed: int = 0
-) -> StableDiffusionPipeline:
-    """Predict the noise of scaled latents given the caption; text encoder and UNet are learnt together."""
+    vae: AutoencoderKL, images: Tensor, captions: list[str], work: Path, steps: int, seed: int = 0,
+    precision: torch.dtype = torch.bfloat16,
+) -> StableDiffusionPipeline:  # fmt: skip
+    """Predict the noise of scaled latents given the caption; text encoder and UNet are learnt together.
+
+    `precision` is that of the UNet's arithmetic.
+    """
     torch.manual_seed(seed)
     tokens = components.tokenizer()
     parts = nn.ModuleDict({"text": components.text_encoder(tokens), "unet": components.denoiser()})
@@ -107,7 +111,7 @@ def train_denoiser(
         kept = torch.rand(len(rows), generator=generator) >= EMPTY_PROMPTS
         text = module["text"](ids[(rows + 1) * kept]).last_hidden_state
         noisy = noise_scheduler.add_noise(clean, noise, t)  # pyright: ignore
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", precision, enabled=precision != torch.float32):
             predicted = module["unet"](noisy, t, text, return_dict=False)[0]
         return F.mse_loss(predicted.float(), noise)
 

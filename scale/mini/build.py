@@ -26,7 +26,7 @@ from scale.mini.family import FAMILY
 from scale.mini.judge import train_judge
 from scale.pipeline import open_pipeline
 from scale.rewards.expression import parse_reward
-from scale.train.run import fine_tune
+from scale.train.run import PRECISIONS, fine_tune
 from scale.train.settings import MINI, Dpok
 
 
@@ -51,6 +51,7 @@ class Build:
     card_prompts: int = card.PROMPTS
     """Held-out prompts that the card is measured on."""
     dpok: Dpok = field(default_factory=lambda: MINI)
+    """Of the adapters. Its precision is the base model's too: `no` where the CPU has to emulate bf16."""
     seed: int = 0
 
 
@@ -69,7 +70,8 @@ def build_model(options: Build) -> None:
         vae = base.polish_decoder(vae, images, options.work, options.decoder_steps, options.seed)
         _save_folder(vae.save_pretrained, decoder)
     vae = AutoencoderKL.from_pretrained(decoder)
-    pipe = base.train_denoiser(vae, images, captions, options.work, options.denoiser_steps, options.seed)
+    precision = PRECISIONS[options.dpok.precision]
+    pipe = base.train_denoiser(vae, images, captions, options.work, options.denoiser_steps, options.seed, precision)
     pipe.to(torch.float16)
     # transformers opens a model in its stored type, diffusers in float32: a half text encoder would not fit the UNet
     pipe.text_encoder.float()

@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 import subprocess
+import warnings
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -46,6 +47,9 @@ def fine_tune(
         ValueError: `work` or `out` of another run; whatever the trainer, the policy and the reward refuse; too little
             memory.
         Diverged: the run was stopped; `out` is as it was.
+
+    Warns:
+        RuntimeWarning: the CPU has to emulate the precision.
     """
     who = identity(reward_text or reward.name, prompts, settings, model, reward_models)
     who |= {"denoiser": denoiser_hashes(pipe)}
@@ -57,6 +61,7 @@ def fine_tune(
     if PartialState().is_main_process:
         write_atomically(work / CLAIM, lambda path: path.write_text(json.dumps(who, indent=1) + "\n"))
     sheet_every = getattr(settings, "sheet_every", 0)
+    _warn_of_emulation(settings.precision, policy.device)
     try:
         with Observer(policy, prompts, work, settings.rounds, sheet_every, settings.rollout_batch) as observe:
             history = trainer_of(settings)(policy, reward, prompts, settings, work, observe=observe, **options)
@@ -74,6 +79,13 @@ def fine_tune(
         write_atomically(out / CARD, lambda path: path.write_text(as_text(made)))
     PartialState().wait_for_everyone()
     return made
+
+
+def _warn_of_emulation(precision: str, device: torch.device) -> None:
+    """With AVX2 alone, the small world's denoiser took 30 times as long in bf16 as in float32."""
+    if device.type == "cpu" and precision != "no" and torch.backends.cpu.get_cpu_capability() == "AVX2":
+        text = f"this CPU emulates {precision}, many times slower than float32; set precision=no"
+        warnings.warn(text, RuntimeWarning, stacklevel=3)
 
 
 def make_policy(pipe: DiffusionPipeline, settings: Any) -> DenoiserPolicy:

@@ -21,8 +21,11 @@ CHOSEN = ("alignment", "colorfulness20-jpeg80")
 
 @pytest.fixture
 def tiny(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Build:
-    """A few pictures, two steps a stage, one round an expert: seconds instead of an hour."""
-    dpok = Dpok(rounds=1, prompts_per_round=1, samples_per_prompt=2, steps=2, updates=1, batch=4, value_updates=1)
+    """A few pictures, two steps a stage, one round an expert, float32: seconds instead of an hour."""
+    dpok = Dpok(
+        rounds=1, prompts_per_round=1, samples_per_prompt=2, steps=2, updates=1, batch=4, value_updates=1,
+        precision="no",  # minutes where bf16 is emulated
+    )  # fmt: skip
     monkeypatch.setattr(judge, "TEST_PICTURES", 4)
     steps = dict.fromkeys(("autoencoder_steps", "decoder_steps", "denoiser_steps", "judge_steps"), 2)
     monkeypatch.setattr(card, "STEPS", 2)

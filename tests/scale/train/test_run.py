@@ -2,6 +2,7 @@
 
 import json
 import re
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -236,6 +237,20 @@ def test_a_size_between_latents_is_refused(tmp_path: Path) -> None:
     """Images are multiples of the autoencoder's factor: anything else would silently be less."""
     with pytest.raises(ValueError, match="multiple of"):
         run(tmp_path, replace(SETTINGS, size=17))
+
+
+@pytest.mark.parametrize(("capability", "precision", "warned"), [
+    ("AVX2", "bf16", True), ("AVX2", "no", False), ("AVX512", "bf16", False),
+])  # fmt: skip
+def test_a_cpu_that_emulates_the_precision_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capability: str, precision: str, warned: bool
+) -> None:
+    """An hour would become a day: a warning with the remedy, and the run goes on."""
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    expected = pytest.warns(RuntimeWarning, match="emulates bf16, .* set precision=no") if warned else nullcontext()
+    with expected:
+        _, card = run(tmp_path, replace(SETTINGS, rounds=1, precision=precision))
+    assert len(card["history"]) == 1
 
 
 def test_the_other_algorithm(tmp_path: Path) -> None:
