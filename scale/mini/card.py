@@ -48,6 +48,8 @@ trajectories to the base model's, in nats, on {kl_prompts} of them; minutes of t
 
 {rows}
 
+Trained in bfloat16 arithmetic{others}.
+
 Standard deviations of the base model: {spread}.
 
 Gain of each single-reward expert on its own reward, in those: {gains}.
@@ -168,7 +170,9 @@ def _text(facts: dict[str, Any], training: Mapping[str, Any], weights: Path) -> 
         for name, row in table.items()
     }  # fmt: skip
     guided = {name: _cells(row["guided"]) for name, row in table.items() if "guided" in row}
+    others = [name for name, record in training.items() if record["settings"]["precision"] == "no"]
     return TEXT.format(
+        others=f", but {' and '.join(others)} in float32" if others else "",
         pictures=base.PICTURES,
         wrong=base.WRONG_COLOURS,
         judged=judge["accuracy on held-out renders"],
