@@ -69,7 +69,7 @@ def rows_an_image(cell: Cell, steps: int) -> int:
     if cell.blend is None:
         return steps
     method, preference = cell.blend
-    experts = len([weight for weight in preference.values if weight != 0])
+    experts = sum(bool(torch.as_tensor(c).any()) for c in preference.coefficients().values())
     if method == "mpa-held":
         first = math.ceil(cell.options.get("exact", 0.2) * steps)
         return first * experts + steps - first

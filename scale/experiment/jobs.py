@@ -19,6 +19,7 @@ from scale.experiment.prompts import Prompt
 from scale.folder import sha256
 from scale.methods import make_blender
 from scale.pipeline import Picture, batches
+from scale.rewards.expression import without_gradient
 
 Weights = Mapping[str, float]
 SAMPLED = ("mpa-ls", "mpa-held")  # lambda is a probability
@@ -152,8 +153,14 @@ def _cells(config: Config, entry: Entry) -> Iterator[Cell | Skipped]:
 def _adapters(config: Config, entry: Entry, weights: Weights, kl_scale: float) -> Mapping[str, Path] | str:
     """What is attached; or why the method has nothing at this preference."""
     single = [name for name, weight in weights.items() if weight == 1]
+    if entry.method in STEERED and kl_scale != 1:
+        return f"{entry.method} knows no lambda"
+    if entry.method == "rgg":
+        flat = [name for axis, weight in weights.items() if weight for name in without_gradient(config.rewards[axis])]
+        if flat:
+            return f"rgg needs the gradient of its rewards, and {' and '.join(flat)} has none"
     if entry.method in STEERED:
-        return {} if kl_scale == 1 else f"{entry.method} knows no lambda"
+        return {}
     if entry.method in SAMPLED and kl_scale > 1:
         return f"{entry.method} draws one expert a step, so lambda is a probability; mpa goes above 1"
     if entry.method == "kla":

@@ -1,6 +1,7 @@
 """Making a batch: one pipeline, with the blend of the cell at hand attached to it."""
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,8 +33,8 @@ class Maker:
     """Makes the batches of an experiment; cells of one blend after the other share its attachment.
 
     Raises:
-        ValueError: a model or a scheduler that cannot be had; a reward without its weights, that does not know a
-            prompt, or that shall guide and is not differentiable.
+        ValueError: a model or a scheduler that cannot be had, or that no steered method takes; a reward without its
+            weights, or that does not know a prompt.
     """
 
     def __init__(self, config: Config, cells: Sequence[Cell]) -> None:
@@ -43,15 +44,17 @@ class Maker:
         for scorer in self.rewards.values():
             if unknown := [prompt.text for prompt in config.prompts if not scorer.knows(prompt.text)]:
                 raise ValueError(f"the reward {scorer.name} cannot score images of the prompt {unknown[0]!r}")
-        for cell in cells:
-            flat = [reward.name for _, reward in self._steering(cell) if not reward.differentiable]
-            if cell.method == "rgg" and flat:
-                raise ValueError(f"rgg needs the gradient of its rewards, and {', '.join(flat)} is not differentiable")
         on_gpu = config.model is not None and torch.cuda.is_available()
         dtype = DTYPES[config.dtype or ("bfloat16" if on_gpu else "float32")]
         self.pipe: Any = open_pipeline(config.model or mini.MODEL, dtype)
         set_scheduler(self.pipe, config.scheduler)
+        # both would change the images of some methods and not of others
+        for part in ("safety_checker", "watermark"):
+            if getattr(self.pipe, part, None) is not None:
+                setattr(self.pipe, part, None)
         self.guidance = guidance_in_force(self.pipe, config.guidance, config.model)
+        if any(cell.method in STEERED for cell in cells):
+            self._check_steered()
         self._attached: tuple[Any, Knob] | None = None
 
     @property
@@ -74,11 +77,8 @@ class Maker:
         from scale.baselines import metered
 
         knob = self._prepare(batch.cell)
-        try:
-            with metered(self.pipe) as ledger:
-                images = self._images(batch, ledger)
-        except torch.OutOfMemoryError as error:
-            raise ValueError("the GPU has too little memory; use a smaller batch_size, or bfloat16") from error
+        with _enough_memory(), metered(self.pipe) as ledger:
+            images = self._images(batch, ledger)
         certificate = knob.certificate if knob is not None else None
         certificates = certificate.as_dicts() if certificate is not None else [None] * len(images)
         return Made(images, dict(vars(ledger)), certificates)
@@ -86,13 +86,22 @@ class Maker:
     def warm_up(self, batch: Batch) -> None:
         """One step, whose images are thrown away: what happens once must not count as the first batch's cost."""
         pictures = batch.pictures
-        next(draw(self.pipe, pictures, steps=1, guidance=self.guidance, batch_size=len(pictures)))
+        with _enough_memory():
+            next(draw(self.pipe, pictures, steps=1, guidance=self.guidance, batch_size=len(pictures)))
 
     def close(self) -> None:
         """Detach what is attached."""
         if self._attached is not None:
             self._attached[1].detach()
             self._attached = None
+
+    def _check_steered(self) -> None:
+        """What code and rgg would refuse once all else is made."""
+        from scale.baselines.chain import PipelineChain
+
+        PipelineChain(self.pipe, self.config.steps, self.guidance or 1.0, self.config.eta)
+        if self.config.eta == 0:
+            raise ValueError("code and rgg need steps with noise, received eta = 0; use eta > 0, or leave them out")
 
     def _images(self, batch: Batch, ledger: Any) -> Tensor:
         cell, config = batch.cell, self.config
@@ -125,6 +134,16 @@ class Maker:
     def _steering(self, cell: Cell) -> list[tuple[float, Scorer]]:
         """The weights and rewards of a cell's preference, without those that have no weight."""
         return [(weight, self.rewards[name]) for name, weight in cell.weights.items() if weight]
+
+
+@contextlib.contextmanager
+def _enough_memory() -> Iterator[None]:
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise ValueError(
+            "the GPU has too little memory; use a smaller batch_size or bfloat16, in a folder of its own"
+        ) from error
 
 
 def _scorer(text: str, config: Config) -> Scorer:

@@ -49,8 +49,9 @@ def sweep(config: Config, out: Path, *, limit: int | None = None) -> Outcome:
     `limit` stops after so many images of each cell, rounded up to whole batches.
 
     Raises:
-        ValueError: a folder of another experiment, or where another run is at work; what `plan` and `Maker` refuse;
-            a scorer that fails. What was finished stays, and a later run goes on from there.
+        ValueError: a folder of another experiment, or where another run is at work, or that the processes do not
+            share; what `plan` and `Maker` refuse; a scorer that fails. What was finished stays, and a later run goes on
+            from there.
         OSError: a file that cannot be written.
         Stopped: Ctrl-C.
     """
@@ -70,8 +71,10 @@ def sweep(config: Config, out: Path, *, limit: int | None = None) -> Outcome:
         wanted = {batch.index for batch in keep(every, limit)}
         todo = [every[index] for index in missing if index in wanted]
         mine = todo[state.process_index :: state.num_processes]
-        _work(mine, maker, store, {"device": str(maker.pipe._execution_device), "versions": run["versions"]})
+        _work(mine, maker, store, {"device": _device(maker.pipe._execution_device), "versions": run["versions"]})
         state.wait_for_everyone()
+        if state.is_main_process and not all(store.is_done(batch) for batch in todo):
+            raise ValueError(f"images of other processes are not in {out}: all of them need one folder that they share")
         results = store.finish() if state.is_main_process else None
     total = _count(every)
     return Outcome(total - _count([every[index] for index in missing]), _count(todo), total, results)
@@ -161,6 +164,11 @@ def describe(
         "skipped": [asdict(cell) for cell in skipped],
         "versions": {name: _version(name) for name in PACKAGES},
     }
+
+
+def _device(device: torch.device) -> str:
+    """What kind, not which: who makes a batch is chance."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def _plain(value: Any) -> Any:

@@ -1,8 +1,8 @@
 """Rewards of images, one scorer a file; `load_scorer` finds them by name."""
 
-from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 from scale.rewards.protocol import Scorer
 
@@ -32,9 +32,14 @@ def load_scorer(name: str, model: str | Path | None = None) -> Scorer:
         ValueError: a name that no reward has; a model for a reward without one; no weights there.
     """
     check_reward(name, model)
-    module, attribute = (SCORERS | MODELS)[name].split(":")
-    make: Callable[..., Scorer] = getattr(import_module(module), attribute)
+    make: Any = scorer_class(name)
     return make() if model is None else make(model)
+
+
+def scorer_class(name: str) -> type[Scorer]:
+    """The class of a reward, which says what it is without its weights."""
+    module, attribute = (SCORERS | MODELS)[name].split(":")
+    return getattr(import_module(module), attribute)
 
 
 def check_reward(name: str, model: str | Path | None = None) -> None:

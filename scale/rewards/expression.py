@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping
 from math import isfinite
 from pathlib import Path
 
-from scale.rewards import check_reward, load_scorer
+from scale.rewards import check_reward, load_scorer, scorer_class
 from scale.rewards.protocol import Mix, Scorer
 
 NUMBER = r"(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?"
@@ -42,6 +42,11 @@ def parse_reward(text: str, models: Mapping[str, str | Path] | None = None) -> S
         check_reward(name, models.get(name))
     terms = [(weight, load_scorer(name, models.get(name))) for name, weight in weights.items()]
     return terms[0][1] if [weight for weight, _ in terms] == [1.0] and not shift else Mix(terms, shift)
+
+
+def without_gradient(text: str) -> list[str]:
+    """The rewards of a sum that no gradient passes through; opens no weights."""
+    return [name for _, name in terms_of(text) if name is not None and not scorer_class(name).differentiable]
 
 
 def terms_of(text: str) -> Iterator[tuple[float, str | None]]:

@@ -2,7 +2,7 @@
 
 Verdicts come from one 95 % interval each, not corrected for their number. `reproduced` and `not reproduced` mean that
 the whole interval lies on one side of the claim's threshold. The paper gives no thresholds for "close": ours are 90 %
-of a gain, and 80 % to 120 % for DB-KLA and for stability.
+of a gain, 80 % to 120 % for DB-KLA, and 80 % for stability.
 """
 
 from collections.abc import Iterator

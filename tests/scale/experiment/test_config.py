@@ -117,7 +117,8 @@ def test_shipped_configs_plan_at_full_scale(
         text = json.dumps({"prompt": "a bench", "tag": "single_object"}) if lines else json.dumps(PROMPTS)
         Path(table["prompts"]).parent.mkdir(exist_ok=True)
         Path(table["prompts"]).write_text(text)
-    cells, _ = plan(read_config(name))
+    cells, skipped = plan(read_config(name))
+    assert all("vila has none" in cell.reason for cell in skipped if cell.label.startswith("rgg"))
     single = sum(
         1 for cell in cells if cell.method == "morl" and max(cell.weights.values()) == 1 and cell.kl_scale == 1
     )

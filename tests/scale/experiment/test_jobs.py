@@ -73,7 +73,7 @@ def test_cells_of_every_method(files: Path) -> None:
     methods = [
         "base", "mpa", "mpa-ls", "mpa-held", "kla", "rs", "msdda", {"method": "morl", "experts": experts}, "code",
         {"method": "interp", "midpoints": {"colorfulness+jpeg": str(files / "both")}, "lambdas": [1]},
-        {"method": "rgg", "alpha": 0.1, "preferences": [{"jpeg": 1}]},
+        {"method": "rgg", "alpha": 0.1, "preferences": [{"jpeg": 1}, {"colorfulness": 1}]},
     ]  # fmt: skip
     path = write_config(files, "all", methods=methods, preferences={"grid": 0.5}, lambdas=[1, 2])
     cells, skipped = plan(read_config(str(path)))
@@ -83,9 +83,11 @@ def test_cells_of_every_method(files: Path) -> None:
             counts[cell.label][i] += 1
     assert counts == {
         "base": [1, 0], "mpa": [6, 0], "mpa-ls": [3, 3], "mpa-held": [3, 3], "kla": [4, 2], "rs": [6, 0],
-        "msdda": [6, 0], "morl": [3, 3], "code": [3, 3], "interp": [3, 0], "rgg alpha=0.1": [1, 1],
+        "msdda": [6, 0], "morl": [3, 3], "code": [3, 3], "interp": [3, 0], "rgg alpha=0.1": [1, 3],
     }  # fmt: skip
     assert all(skip.reason for skip in skipped)
+    flat = [skip for skip in skipped if skip.label == "rgg alpha=0.1" and skip.kl_scale == 1]
+    assert [skip.reason for skip in flat] == ["rgg needs the gradient of its rewards, and jpeg has none"]
     morl = [cell for cell in cells if cell.label == "morl"]
     assert [[path.name for path in cell.adapters.values()] for cell in morl] == [["jpeg"], ["both"], ["colorfulness"]]
 

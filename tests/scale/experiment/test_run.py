@@ -14,7 +14,10 @@ import torch
 from PIL import Image
 
 from scale.experiment import make, recorder, store
+from scale.experiment import run as running
 from scale.experiment.config import Config, read_config
+from scale.experiment.estimate import rows_an_image
+from scale.experiment.jobs import plan
 from scale.experiment.run import Stopped, sweep
 from scale.experiment.store import Store, load
 from scale.rewards import load_scorer
@@ -223,7 +226,7 @@ def test_at_most_two_batches_wait(config: Config, tmp_path: Path, monkeypatch: p
 
 
 def test_steered_methods_run_beside_the_blends(files: Path, tmp_path: Path) -> None:
-    """CoDe scores its candidates, RGG takes gradients, and both are in the ledger; jpeg has no gradient: refused."""
+    """CoDe scores its candidates, RGG takes gradients, and both are in the ledger; jpeg has no gradient: nothing."""
     methods = [{"method": "code", "candidates": 2, "block": 1}, {"method": "rgg", "alpha": 0.5}]
     one = {"preferences": [{"colorfulness": 1.0}], "methods": methods}
     sweep(read_config(str(write_config(files, "steered", **one))), tmp_path)
@@ -232,10 +235,44 @@ def test_steered_methods_run_beside_the_blends(files: Path, tmp_path: Path) -> N
     assert (code["reward_calls"] > 0).all()
     assert (code["gradients"] == 0).all()
     assert (rgg["gradients"] > 0).all()
-    refused = write_config(files, "refused", methods=methods)
-    with pytest.raises(ValueError, match="rgg needs the gradient"):
+    refused = write_config(files, "refused", methods=methods[1:])
+    with pytest.raises(
+        ValueError, match=r"nothing to make: .*rgg needs the gradient of its rewards, and jpeg has none"
+    ):
         sweep(read_config(str(refused)), tmp_path / "refused")
-    assert not (tmp_path / "refused" / "images").exists()
+    assert not (tmp_path / "refused").exists()
+
+
+@pytest.mark.parametrize(("changes", "reason"), [({"eta": 0.0}, "eta > 0"), ({"scheduler": "euler"}, "DDIM")])
+def test_steered_methods_are_refused_before_the_others_work(
+    files: Path, tmp_path: Path, changes: dict[str, Any], reason: str
+) -> None:
+    """They stand last in the config, and would be refused after hours."""
+    methods = ["base", {"method": "code", "candidates": 2, "block": 1}]
+    with pytest.raises(ValueError, match=reason):
+        sweep(read_config(str(write_config(files, "steered", methods=methods, **changes))), tmp_path)
+    assert not (tmp_path / "images").exists()
+
+
+def test_no_method_s_images_are_censored_or_marked(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steered methods decode by themselves, without a safety checker; one that blackens the rest would bias them."""
+    pipe = make.open_pipeline(config.model or "")
+    pipe.safety_checker = pipe.watermark = torch.nn.Identity()  # pyright: ignore
+    monkeypatch.setattr(make, "open_pipeline", lambda *_: pipe)
+    maker = make.Maker(config, ())
+    assert maker.pipe.safety_checker is None
+    assert maker.pipe.watermark is None
+
+
+def test_processes_that_do_not_share_the_folder_are_told(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Half of the images would pass for all."""
+    work = running._work
+    monkeypatch.setattr(running, "_work", lambda mine, *rest: work(mine[::2], *rest))
+    with pytest.raises(ValueError, match="one folder that they share"):
+        sweep(config, tmp_path)
+    assert not (tmp_path / "results.parquet").exists()
 
 
 def test_every_blend_runs(files: Path, tmp_path: Path) -> None:
@@ -257,3 +294,20 @@ def test_every_blend_runs(files: Path, tmp_path: Path) -> None:
     assert frame["sha256"].nunique() == 20
     records = [json.loads(path.read_text()) for path in (tmp_path / "records").glob("*.json")]
     assert {len(record["made_by"]["adapters"]) for record in records} == {0, 1, 2, 3}
+
+
+def test_the_estimate_counts_what_runs_spend(files: Path, tmp_path: Path) -> None:
+    """Rows through the denoiser; the base model's too where lambda leaves it a weight, and only there."""
+    variances = dict.fromkeys(("base", *REWARDS), 1.5)
+    methods = [
+        "base", "mpa", "mpa-ls", {"method": "mpa-held", "exact": 0.5, "label": "held"}, "rs",
+        {"method": "msdda", "variances": variances, "label": "msdda"},
+        {"method": "code", "candidates": 3, "block": 2, "lambdas": [1], "label": "code"},
+    ]  # fmt: skip
+    once = {"prompt_limit": 1, "seeds": 1, "steps": 4, "lambdas": [1, 0.5], "preferences": {"w": [0.4]}}
+    config = read_config(str(write_config(files, "rows", methods=methods, **once)))
+    sweep(config, tmp_path)
+    spent = {(row["label"], row["kl_scale"]): row["evaluations"] for row in load(tmp_path)[1].to_dict("records")}
+    told = {(cell.label, cell.kl_scale): rows_an_image(cell, 4) for cell in plan(config)[0] if cell.label != "base"}
+    assert {key: rows for key, rows in spent.items() if key[0] != "base"} == told
+    assert [told["msdda", scale] for scale in (1, 0.5)] == [told["mpa", scale] for scale in (1, 0.5)] == [8, 12]
