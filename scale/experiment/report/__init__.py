@@ -167,6 +167,6 @@ def _paper(results: Results) -> dict[str, tuple[str, Callable[[Results], Frame |
         "paper": (
             "Beside the paper's tables", paper.comparison,
             f"{paper.label_of_models(results)} Gains are of the weighted reward over the base model. "
-            f"Numbers that our text of the paper lacks: {lacking}.",
+            f"Numbers that our text of the paper lacks: {lacking}. {paper.notes(tables)}",
         ),
     }  # fmt: skip

@@ -85,6 +85,11 @@ def label_of_models(results: Results) -> str:
     return f"Ours: {results.model}, rewards {rewards}, adapters of our own training; each row names the paper's model."
 
 
+def notes(tables: Sequence[Mapping[str, Any]]) -> str:
+    """What is to be known of the tables' printed numbers."""
+    return " ".join(f"Table {table['table']}: {table['note']}." for table in tables)
+
+
 def time_table(results: Results) -> Frame:
     """Seconds an image of the paper's Table 1 and of ours, and both as multiples of the base model's.
 

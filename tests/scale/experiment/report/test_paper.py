@@ -95,6 +95,8 @@ def test_a_run_stands_beside_the_tables_that_it_is_a_twin_of(tmp_path: Path, nam
     assert {f"table{table['table']}" for table in made} >= set(named)
     found = write_report([run], tmp_path / "out", beside_paper=True)
     assert ("paper-ratios" in found["tables"]) == (not named or "table1" in named)
+    text = " ".join((tmp_path / "out" / "report.md").read_text().split())
+    assert all(table["note"] in text for table in made)
 
 
 def test_seconds_are_those_of_blends(tmp_path: Path) -> None:
