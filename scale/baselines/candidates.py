@@ -47,11 +47,16 @@ def code(
         require_count(name, value)
     require_pictures(pictures, [reward])
     chain = PipelineChain(pipe, steps, guidance, eta)
-    if eta == 0 and block < steps and candidates > 1:
-        raise ValueError("with eta = 0 all candidates of a block are the same; use eta > 0, or block >= steps")
+    require_choice(steps, eta, candidates=candidates, block=block)
     with steered(pipe):
         prompts, seeds = [picture.prompt for picture in pictures], [picture.seed for picture in pictures]
         return on_the_cpu(search(chain, prompts, seeds, reward, ledger=ledger, **counts))
+
+
+def require_choice(steps: int, eta: float, *, candidates: int, block: int) -> None:
+    """ValueError where the candidates of a later block would not differ."""
+    if eta == 0 and block < steps and candidates > 1:
+        raise ValueError("with eta = 0 all candidates of a block are the same; use eta > 0, or block >= steps")
 
 
 @torch.no_grad()

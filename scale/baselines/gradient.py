@@ -58,8 +58,7 @@ def rgg(
     rewards = _weighted(reward)
     require_pictures(pictures, [scorer for _, scorer in rewards])
     chain = PipelineChain(pipe, steps, guidance, eta)
-    if eta == 0:
-        raise ValueError("with eta = 0 a step has no variance, which scales the guidance; use eta > 0")
+    require_variance(eta)
     scales = [strength(k, gamma, schedule) / alpha for k in range(steps)]
     with steered(pipe):
         prompts, seeds = [picture.prompt for picture in pictures], [picture.seed for picture in pictures]
@@ -67,6 +66,12 @@ def rgg(
             chain, prompts, seeds, rewards, scales=scales, normalise=normalise, max_rows=max_rows, ledger=ledger
         )
         return on_the_cpu(images)
+
+
+def require_variance(eta: float) -> None:
+    """ValueError for steps without the variance that scales the guidance."""
+    if eta == 0:
+        raise ValueError("with eta = 0 a step has no variance, which scales the guidance; use eta > 0")
 
 
 def strength(k: int, gamma: float, schedule: str = "printed") -> float:

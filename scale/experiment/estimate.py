@@ -69,15 +69,20 @@ def rows_an_image(cell: Cell, steps: int) -> int:
     if cell.blend is None:
         return steps
     method, preference = cell.blend
-    experts = sum(bool(torch.as_tensor(c).any()) for c in preference.coefficients().values())
+    experts = _used(preference.coefficients())
     if method == "mpa-held":
         first = math.ceil(cell.options.get("exact", 0.2) * steps)
         return first * experts + steps - first
     blender = make_blender(method, preference, tuple(cell.adapters), **cell.options)
     if isinstance(blender, AffineBlender):
         step = Step(0, steps, 1.0, 1.0 - 1 / steps, torch.zeros(1))
-        return steps * sum(bool(torch.as_tensor(c).any()) for c in blender.coefficients(step).values())
+        return steps * _used(blender.coefficients(step))
     return steps * (experts if method == "msdda" else 1)
+
+
+def _used(coefficients: Mapping[str, Any]) -> int:
+    """How many models are asked: those whose coefficient is not zero."""
+    return sum(bool(torch.as_tensor(c).any()) for c in coefficients.values())
 
 
 def as_text(figures: Mapping[str, Any]) -> str:

@@ -153,14 +153,12 @@ def _cells(config: Config, entry: Entry) -> Iterator[Cell | Skipped]:
 def _adapters(config: Config, entry: Entry, weights: Weights, kl_scale: float) -> Mapping[str, Path] | str:
     """What is attached; or why the method has nothing at this preference."""
     single = [name for name, weight in weights.items() if weight == 1]
-    if entry.method in STEERED and kl_scale != 1:
-        return f"{entry.method} knows no lambda"
-    if entry.method == "rgg":
-        flat = [name for axis, weight in weights.items() if weight for name in without_gradient(config.rewards[axis])]
-        if flat:
-            return f"rgg needs the gradient of its rewards, and {' and '.join(flat)} has none"
     if entry.method in STEERED:
-        return {}
+        if kl_scale != 1:
+            return f"{entry.method} knows no lambda"
+        flat = [name for axis, weight in weights.items() if weight for name in without_gradient(config.rewards[axis])]
+        refused = entry.method == "rgg" and flat
+        return f"rgg needs the gradient of its rewards, and {' and '.join(flat)} has none" if refused else {}
     if entry.method in SAMPLED and kl_scale > 1:
         return f"{entry.method} draws one expert a step, so lambda is a probability; mpa goes above 1"
     if entry.method == "kla":

@@ -53,8 +53,7 @@ class Maker:
             if getattr(self.pipe, part, None) is not None:
                 setattr(self.pipe, part, None)
         self.guidance = guidance_in_force(self.pipe, config.guidance, config.model)
-        if any(cell.method in STEERED for cell in cells):
-            self._check_steered()
+        self._check_steered([cell for cell in cells if cell.method in STEERED])
         self._attached: tuple[Any, Knob] | None = None
 
     @property
@@ -95,13 +94,20 @@ class Maker:
             self._attached[1].detach()
             self._attached = None
 
-    def _check_steered(self) -> None:
+    def _check_steered(self, cells: Sequence[Cell]) -> None:
         """What code and rgg would refuse once all else is made."""
+        from scale.baselines.candidates import require_choice
         from scale.baselines.chain import PipelineChain
+        from scale.baselines.gradient import require_variance
 
-        PipelineChain(self.pipe, self.config.steps, self.guidance or 1.0, self.config.eta)
-        if self.config.eta == 0:
-            raise ValueError("code and rgg need steps with noise, received eta = 0; use eta > 0, or leave them out")
+        steps, eta = self.config.steps, self.config.eta
+        if cells:
+            PipelineChain(self.pipe, steps, self.guidance or 1.0, eta)
+        for cell in cells:
+            if cell.method == "rgg":
+                require_variance(eta)
+            else:
+                require_choice(steps, eta, candidates=cell.options["candidates"], block=cell.options["block"])
 
     def _images(self, batch: Batch, ledger: Any) -> Tensor:
         cell, config = batch.cell, self.config

@@ -254,6 +254,12 @@ def test_steered_methods_are_refused_before_the_others_work(
     assert not (tmp_path / "images").exists()
 
 
+def test_best_of_n_needs_no_noise(files: Path, tmp_path: Path) -> None:
+    """The candidates of its one block begin apart, so eta = 0 is refused for smaller blocks alone."""
+    methods = [{"method": "code", "candidates": 2, "block": 2}]
+    assert sweep(read_config(str(write_config(files, "best", methods=methods, eta=0.0))), tmp_path, limit=2).made
+
+
 def test_no_method_s_images_are_censored_or_marked(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     """Steered methods decode by themselves, without a safety checker; one that blackens the rest would bias them."""
     pipe = make.open_pipeline(config.model or "")
