@@ -28,8 +28,9 @@ from benches.scale_report import rows_table
 from benches.timing import Timing, take_turns
 from scale.attachment import attach
 from scale.experiment import run as running
+from scale.experiment.cells import plan
 from scale.experiment.config import Config, read_config
-from scale.experiment.jobs import make_batches, plan
+from scale.experiment.jobs import make_batches
 from scale.experiment.make import Maker
 from scale.rewards.protocol import Scorer
 
@@ -78,8 +79,7 @@ class Bare:
     def __init__(self, config: Config) -> None:
         self.config, cells = config, plan(config)[0]
         self.maker = Maker(config, cells)
-        rewards = {name: scorer.name for name, scorer in self.maker.rewards.items()}
-        self.batches = make_batches(config, cells, self.maker.model, rewards)
+        self.batches = make_batches(config, cells, self.maker.model, self.maker.scored_by)
 
     def __call__(self) -> None:
         pipe: Any = self.maker.pipe
@@ -106,7 +106,11 @@ class Bare:
 
 
 class Sweep:
-    """The sweep in this process, into a new folder each time; `shares` are its overheads, one a turn."""
+    """The sweep in this process, into a new folder each time; `shares` are its overheads, one a turn.
+
+    All of it counts but the opening of the model: checks, hashes, what is attached, files, the step that is thrown away
+    first, the table at the end.
+    """
 
     def __init__(self, config: Config, pipe: Any, folder: Path) -> None:
         self.config, self.pipe, self.folder = config, pipe, folder
@@ -118,11 +122,14 @@ class Sweep:
             parts = ((type(self.pipe.unet), "forward"), (type(self.pipe.vae), "decode"), (Scorer, "score"))
             for owner, name in parts:
                 stack.enter_context(mock.patch.object(owner, name, watched(getattr(owner, name), inside)))
-            work: list[Interval] = []
-            stack.enter_context(mock.patch.object(running, "_work", watched(running._work, work)))
+            wasted: list[Interval] = []
+            stack.enter_context(mock.patch.object(Maker, "warm_up", watched(Maker.warm_up, wasted)))
+            start = time.perf_counter()
             running.sweep(self.config, Path(tempfile.mkdtemp(dir=self.folder)))
-        ((start, end),) = work
-        self.shares.append(1 - covered([(max(a, start), min(b, end)) for a, b in inside]) / (end - start))
+            whole = time.perf_counter() - start
+        # what the first step, which is thrown away, asks of the denoiser makes no image
+        useful = [(a, b) for a, b in inside if not any(begin <= a and b <= end for begin, end in wasted)]
+        self.shares.append(1 - covered(useful) / whole)
 
 
 def watched(function: Callable[..., Any], intervals: list[Interval]) -> Callable[..., Any]:

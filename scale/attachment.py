@@ -13,7 +13,7 @@ from diffusers import DiffusionPipeline
 from diffusers.hooks import HookRegistry
 
 from dbtheory.preference import BASE, Preference
-from scale.adapters import denoiser_name, denoiser_of, load_adapter, step_variance
+from scale.adapters import denoiser_name, denoiser_of, load_adapter, stated_variances
 from scale.certificate import Certificate
 from scale.experts import LoraExperts
 from scale.hook import BlendHook
@@ -52,12 +52,16 @@ def attach(
     share the denoiser. The returned knob changes the preference, tells the certificate and detaches.
 
     Raises:
-        ValueError: what `make_blender`, `load_adapter` and `step_variance` refuse; resampling for another method; a
+        ValueError: what `make_blender`, `load_adapter` and `stated_variances` refuse; resampling for another method; a
             `max_batch` below 1; a pipeline that already has a blend, or adapters of its own (fuse or unload them
             first). The pipeline is then as it was.
     """
     if variances is None and method == "msdda":
-        variances = _variances_of_cards(adapters)
+        variances = stated_variances(adapters)
+        if variances is None:
+            log.warning(
+                "no adapter's card states a step_variance, so msdda is DB-MPA here; pass variances to tell them"
+            )
     make = functools.partial(
         make_blender, method, adapters=tuple(adapters), order=order, variances=variances, midpoints=midpoints,
         exact=exact, correct=correct,
@@ -140,15 +144,6 @@ class Knob:
         self._hook.close()
         _unload(self._denoiser, self._trainable)
         self._attached = False
-
-
-def _variances_of_cards(adapters: Mapping[str, str | Path]) -> dict[str, float] | None:
-    """The step variances that the adapters' cards state, and 1 for the others and the base; None if none does."""
-    stated = {name: step_variance(path) for name, path in adapters.items()}
-    if not any(stated.values()):
-        log.warning("no adapter's card states a step_variance, so msdda is DB-MPA here; pass variances to tell them")
-        return None
-    return {BASE: 1.0} | {name: variance or 1.0 for name, variance in stated.items()}
 
 
 def _require_bare(denoiser: Any) -> None:

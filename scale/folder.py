@@ -1,6 +1,5 @@
 """The folder of `generate`: PNG files named by numbers, and one record that lists them with their hashes."""
 
-import hashlib
 import json
 import re
 from pathlib import Path
@@ -10,16 +9,11 @@ from PIL import Image
 from torch import Tensor
 
 from dbtheory.files import write_atomically
+from scale.hashes import sha256
 from scale.pipeline import Picture
 
 RECORD = "generation.json"
 PICTURE = re.compile(r"\d{5,}-\d+\.png")
-
-
-def sha256(path: Path) -> str:
-    """Of a file's bytes, as `sha256sum` prints it."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def earlier_pictures(folder: Path) -> list[Path]:

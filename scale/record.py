@@ -1,7 +1,6 @@
 """What made the images: everything of the record but the images themselves."""
 
 import inspect
-import re
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -12,13 +11,11 @@ import torch
 from dbtheory.preference import BASE, PROBES, Preference
 from dbtheory.resampling import effective_size
 from scale import mini
-from scale.adapters import adapter_file, denoiser_of, step_variance
-from scale.folder import sha256
+from scale.adapters import stated_variances
+from scale.hashes import adapter_hashes, denoiser_hashes
 from scale.request import Request
 
 PACKAGES = ("diffusion-blend", "torch", "diffusers", "peft", "transformers")
-# the files that diffusers and transformers load where no variant is asked for
-WEIGHTS = re.compile(r"(diffusion_pytorch_model|model|pytorch_model)(-\d{5}-of-\d{5})?\.(safetensors|bin)")
 
 
 def settings(request: Request, adapters: Mapping[str, Path], pipe: Any, guidance: float | None) -> dict[str, Any]:
@@ -34,7 +31,7 @@ def settings(request: Request, adapters: Mapping[str, Path], pipe: Any, guidance
         "adapters": {name: _named(path) for name, path in adapters.items()},
         "hashes": {
             "denoiser": denoiser_hashes(pipe),
-            "adapters": {name: sha256(adapter_file(path)) for name, path in adapters.items()},
+            "adapters": {name: adapter_hashes(path) for name, path in adapters.items()},
         },
         "scheduler": type(pipe.scheduler).__name__,
         "steps": request.steps,
@@ -51,31 +48,6 @@ def settings(request: Request, adapters: Mapping[str, Path], pipe: Any, guidance
         "versions": {name: _version(name) for name in PACKAGES},
         "images": [],
     }
-
-
-def denoiser_hashes(pipe: Any) -> dict[str, str]:
-    """`weight_hashes` of the denoiser."""
-    return weight_hashes(denoiser_of(pipe))
-
-
-def model_hashes(pipe: Any) -> dict[str, dict[str, str]]:
-    """`weight_hashes` of every network of a pipeline by its name: denoiser, autoencoder, text encoders."""
-    return {name: weight_hashes(part) for name, part in pipe.components.items() if isinstance(part, torch.nn.Module)}
-
-
-def weight_hashes(network: Any) -> dict[str, str]:
-    """SHA-256 of a network's `config.json` and weight files by name, where it came from a folder or the hub.
-
-    They are what `sha256sum` prints and the hub shows. It takes a second for every GB or two.
-    """
-    came_from = getattr(network.config, "_name_or_path", None)
-    if not came_from:
-        return {}
-    folder = Path(came_from)
-    found = [path for path in sorted(folder.glob("*")) if WEIGHTS.fullmatch(path.name)]
-    safe = [path for path in found if path.suffix == ".safetensors"]
-    files = [folder / "config.json", *(safe or found)]
-    return {path.name: sha256(path) for path in files if path.is_file()}
 
 
 def update_ess(images: Sequence[dict[str, Any]]) -> None:
@@ -107,8 +79,7 @@ def _variances(request: Request) -> dict[str, float] | None:
     """Of `msdda`, as given or as the adapters' cards state; None where nothing does."""
     if request.method != "msdda":
         return None
-    stated = request.variances or {name: step_variance(path) for name, path in request.chosen_adapters().items()}
-    return {name: variance for name, variance in stated.items() if variance is not None} or None
+    return dict(request.variances) if request.variances else stated_variances(request.chosen_adapters())
 
 
 def _coefficients(preference: Preference | None) -> dict[str, Any]:

@@ -2,10 +2,12 @@
 
 import math
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 import yaml
 
+from dbtheory.preference import BASE
 from scale.adapters.find import adapter_file
 from scale.adapters.read import first_line, short_text
 
@@ -33,6 +35,16 @@ def step_variance(path: str | Path) -> float | None:
     head = HEAD.match(short_text(card, LARGEST_CARD))
     table = _table(head[1], card) if head else {}
     return _variance(table[KEY], card) if KEY in table else None
+
+
+def stated_variances(adapters: Mapping[str, str | Path]) -> dict[str, float] | None:
+    """The `step_variance` of each adapter by its name, 1 where its card is silent, and of the base; None if all are.
+
+    Raises:
+        ValueError: as `step_variance`.
+    """
+    stated = {name: step_variance(path) for name, path in adapters.items()}
+    return {BASE: 1.0} | {name: variance or 1.0 for name, variance in stated.items()} if any(stated.values()) else None
 
 
 def _owns(file: Path) -> bool:

@@ -4,6 +4,7 @@ from pathlib import Path
 
 FILE_NAMES = ("pytorch_lora_weights.safetensors", "pytorch_lora_weights.bin")  # diffusers'
 PEFT_STEM = "adapter_model"
+PEFT_CONFIG = "adapter_config.json"
 PEFT_NAMES = (f"{PEFT_STEM}.safetensors", f"{PEFT_STEM}.bin")
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
@@ -31,3 +32,13 @@ def adapter_file(path: Path) -> Path:
         names = ", ".join(file.name for file in candidates[:5])
         raise ValueError(f"the folder {path} holds {len(candidates)} adapters ({names}); name the file itself")
     return candidates[0]
+
+
+def settings_file(path: Path) -> Path | None:
+    """PEFT's settings beside the adapter file at `path`, which act where the file is PEFT's; None without them.
+
+    Raises:
+        ValueError: as `adapter_file`.
+    """
+    settings = adapter_file(path).with_name(PEFT_CONFIG)
+    return settings if settings.is_file() else None

@@ -13,10 +13,9 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from scale.adapters.find import PEFT_STEM
+from scale.adapters.find import PEFT_CONFIG, PEFT_STEM
 
 PEFT_PREFIX = "base_model.model."
-PEFT_CONFIG = "adapter_config.json"
 LARGEST_CONFIG = 10_000_000  # bytes
 LONGEST_KEY = 500
 MOST_SHARED = 4  # bytes of tensors a byte of the file: honest pickles share a factor among q, k and v

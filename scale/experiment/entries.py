@@ -21,9 +21,20 @@ OPTIONS: Mapping[str, Mapping[str, values.Parser]] = {
     "msdda": {"variances": _variances},
     "interp": _CORRECT,
     "code": {"candidates": values.whole(), "block": values.whole()},
-    "rgg": {"alpha": values.number(above=0.0), "gamma": values.number(0.0), "normalise": values.flag},
+    "rgg": {
+        "alpha": values.number(above=0.0),
+        "gamma": values.number(0.0),
+        "normalise": values.flag,
+        "schedule": values.one_of(["printed", "das"]),
+    },
 }
-DEFAULTS = {"code": {"candidates": 20, "block": 5}, "rgg": {"gamma": 0.024, "normalise": True}}
+# whatever an image depends on, so that records say it
+DEFAULTS = {
+    "mpa-ls": {"order": "low-discrepancy"},
+    "mpa-held": {"exact": 0.2},
+    "code": {"candidates": 20, "block": 5},
+    "rgg": {"gamma": 0.024, "normalise": True, "schedule": "printed"},
+}
 
 
 @dataclass(frozen=True)
@@ -50,6 +61,7 @@ class Entry:
     seeds: int | tuple[int, ...] | None = None
     prompt_limit: int | None = None
     batch_size: int | None = None
+    max_rows: int | None = None
 
 
 def read_entries(given: Any, axes: Collection[str], place: Callable[[str], Path]) -> tuple[Entry, ...]:
@@ -88,6 +100,8 @@ def _parsers(method: str, axes: Collection[str], place: Callable[[str], Path]) -
     parsers |= {"seeds": values.seeds, "prompt_limit": values.whole(), "batch_size": values.whole()}
     if method != "base":
         parsers |= {"preferences": values.preferences(axes), "lambdas": values.list_of(values.number(0.0))}
+    if method in STEERED:
+        parsers["max_rows"] = values.whole()
     if method == "interp":
         parsers["midpoints"] = lambda given: _midpoints(given, place)
     if method == "morl":

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 
 from dbtheory.blend import AffineBlender, Step
+from scale.experiment.cells import Cell, plan, shown
 from scale.experiment.config import Config
 from scale.experiment.entries import STEERED
-from scale.experiment.jobs import Batch, Cell, keep, make_batches, plan, shown
+from scale.experiment.jobs import Batch, count, keep, left, make_batches
 from scale.experiment.make import Maker
 from scale.experiment.run import identify
 from scale.experiment.store import RUN, Store, load
@@ -34,18 +35,17 @@ def estimate(config: Config, out: Path, *, limit: int | None = None) -> dict[str
     store = Store(out)
     store.check(identify(config))
     maker = Maker(config, cells)
-    rewards = {name: scorer.name for name, scorer in maker.rewards.items()}
-    batches = keep(make_batches(config, cells, maker.model, rewards), limit)
-    left = [batch for batch in batches if not store.is_done(batch)]
-    row, image = _timings(out) or _measure(maker, left or batches)
+    wanted = keep(make_batches(config, cells, maker.model, maker.scored_by), limit)
+    todo = left(wanted, store.done())
+    row, image = _timings(out) or _measure(maker, todo or wanted)
     guided = 2 if maker.guidance is not None and maker.guidance > 1 else 1
     rows = {id(cell): guided * rows_an_image(cell, config.steps) for cell in cells}
     listed = [
         {
             "label": cell.label,
             "preference": shown(cell),
-            "images": sum(len(batch.pictures) for batch in batches if batch.cell is cell),
-            "left": sum(len(batch.pictures) for batch in left if batch.cell is cell),
+            "images": count([batch for batch in wanted if batch.cell is cell]),
+            "left": count([batch for batch in todo if batch.cell is cell]),
             "evaluations": rows[id(cell)],
             "seconds": _seconds(cell, config.steps, rows[id(cell)], row, image),
         }
@@ -71,7 +71,7 @@ def rows_an_image(cell: Cell, steps: int) -> int:
     method, preference = cell.blend
     experts = _used(preference.coefficients())
     if method == "mpa-held":
-        first = math.ceil(cell.options.get("exact", 0.2) * steps)
+        first = math.ceil(cell.options["exact"] * steps)
         return first * experts + steps - first
     blender = make_blender(method, preference, tuple(cell.adapters), **cell.options)
     if isinstance(blender, AffineBlender):

@@ -1,197 +1,61 @@
-"""What there is to make: cells (a method at a preference), their images, and the batches that these are made in.
+"""Images as jobs: their ids, the batches that they are made in, and what is left of these.
 
-Everything is a function of the config and of the files' hashes, so that every process and every resumed run has the
-same batches. An image's id does not depend on its batch.
+All are functions of the config and of the files' hashes, so that every process and every resumed run has the same. An
+image's id does not depend on its batch.
 """
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from dbtheory.preference import BASE, Preference
-from scale.adapters import adapter_file
+from scale.experiment.cells import Cell, shown
 from scale.experiment.config import Config
-from scale.experiment.entries import STEERED, Entry
-from scale.experiment.prompts import Prompt
-from scale.folder import sha256
-from scale.methods import make_blender
+from scale.experiment.entries import STEERED
+from scale.hashes import adapter_hashes
 from scale.pipeline import Picture, batches
-from scale.rewards.expression import without_gradient
-
-Weights = Mapping[str, float]
-SAMPLED = ("mpa-ls", "mpa-held")  # lambda is a probability
-STRIDE = 1000  # from the seeds of one prompt to the next one's
-
-
-@dataclass(frozen=True)
-class Cell:
-    """A method with its options at one preference and lambda, and the images that it makes."""
-
-    label: str
-    method: str
-    weights: Weights
-    """By reward, all of them; empty for base, which follows no preference."""
-    kl_scale: float | None
-    options: Mapping[str, Any]
-    """As `attach`, `code` or `rgg` take them."""
-    adapters: Mapping[str, Path]
-    """What is attached, by name."""
-    prompts: Sequence[Prompt]
-    seeds: int | tuple[int, ...]
-    """As a config has them: `seeds_of`."""
-    batch_size: int
-
-    @property
-    def blend(self) -> tuple[str, Preference] | None:
-        """Method and preference as `attach` takes them; None where nothing is attached."""
-        if self.method == BASE or self.method in STEERED:
-            return None
-        if self.method == "morl":
-            return "mpa", Preference(dict.fromkeys(self.adapters, 1.0))
-        middle = set((self.options.get("midpoints") or {}).values())
-        names = [name for name in self.adapters if name not in middle]
-        return self.method, Preference({name: self.weights[name] for name in names}, self.kl_scale)
-
-    @property
-    def resamples(self) -> bool:
-        return self.options.get("correct") is not None
-
-    @property
-    def pictures(self) -> list[Picture]:
-        """Prompt by prompt."""
-        every = enumerate(self.prompts)
-        return [Picture(prompt.text, i, seed) for i, prompt in every for seed in seeds_of(self.seeds, i)]
-
-
-@dataclass(frozen=True)
-class Skipped:
-    """What a config asks for, but a method does not have."""
-
-    label: str
-    weights: Weights
-    kl_scale: float
-    reason: str
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Images that are made together; `ids` are theirs, and `origin` is all that made them but prompt and seed."""
+    """Images that are made together, of one cell."""
 
-    id: str
     index: int
+    """Of the first image among all."""
     cell: Cell
     pictures: Sequence[Picture]
     ids: Sequence[str]
+    """Of the images."""
     origin: Mapping[str, Any]
+    """All that made them but prompt and seed."""
 
-
-def seeds_of(seeds: int | tuple[int, ...], prompt: int) -> Sequence[int]:
-    """The seeds of the prompt with this index.
-
-    A count gives each prompt its own: were noise shared, all prompts would rise and fall together, and an interval over
-    prompts would not hold how much another noise changes. A tuple is for all prompts.
-    """
-    return range(STRIDE * prompt, STRIDE * prompt + seeds) if isinstance(seeds, int) else seeds
-
-
-def plan(config: Config) -> tuple[list[Cell], list[Skipped]]:
-    """The cells of a config in its order, and what it asks for in vain.
-
-    Raises:
-        ValueError: what `make_blender` refuses; images of one prompt that resampling needs together and a batch is
-            too small for; nothing to make.
-    """
-    cells: list[Cell] = []
-    skipped: list[Skipped] = []
-    for entry in config.methods:
-        for made in _cells(config, entry):
-            (cells if isinstance(made, Cell) else skipped).append(made)  # pyright: ignore[reportArgumentType]
-    for cell in cells:
-        try:
-            batches(cell.pictures, cell.batch_size, cell.resamples)
-            if blend := cell.blend:
-                make_blender(blend[0], blend[1], tuple(cell.adapters), **cell.options)
-        except ValueError as error:
-            raise ValueError(f"the method {cell.label} at {shown(cell)}: {error}") from error
-    if not cells:
-        raise ValueError(f"nothing to make: {skipped[0].label}: {skipped[0].reason}" if skipped else "no preferences")
-    return cells, skipped
-
-
-def shown(cell: Cell | Skipped) -> str:
-    """The preference of a cell in words."""
-    if cell.kl_scale is None:
-        return "no preference"
-    weights = " ".join(f"{name}={weight:.3g}" for name, weight in cell.weights.items() if weight)
-    return f"{weights} lambda={cell.kl_scale:g}"
-
-
-def _cells(config: Config, entry: Entry) -> Iterator[Cell | Skipped]:
-    prompts = config.prompts[: entry.prompt_limit]
-    rest = (prompts, entry.seeds or config.seeds, entry.batch_size or config.batch_size)
-    if entry.method == BASE:
-        yield Cell(entry.label, BASE, {}, None, {}, {}, *rest)
-        return
-    preferences = config.preferences if entry.preferences is None else entry.preferences
-    if not preferences:
-        raise ValueError(f"the config has no preferences for {entry.label}; give e.g. preferences: {{grid: 0.25}}")
-    for kl_scale in entry.lambdas or config.lambdas:
-        for weights in preferences:
-            made = _adapters(config, entry, weights, kl_scale)
-            if isinstance(made, str):
-                yield Skipped(entry.label, weights, kl_scale, made)
-            else:
-                options = dict(entry.options)
-                if entry.midpoints:
-                    options["midpoints"] = {edge: "+".join(edge) for edge in entry.midpoints}
-                yield Cell(entry.label, entry.method, weights, kl_scale, options, made, *rest)
-
-
-def _adapters(config: Config, entry: Entry, weights: Weights, kl_scale: float) -> Mapping[str, Path] | str:
-    """What is attached; or why the method has nothing at this preference."""
-    single = [name for name, weight in weights.items() if weight == 1]
-    if entry.method in STEERED:
-        if kl_scale != 1:
-            return f"{entry.method} knows no lambda"
-        flat = [name for axis, weight in weights.items() if weight for name in without_gradient(config.rewards[axis])]
-        refused = entry.method == "rgg" and flat
-        return f"rgg needs the gradient of its rewards, and {' and '.join(flat)} has none" if refused else {}
-    if entry.method in SAMPLED and kl_scale > 1:
-        return f"{entry.method} draws one expert a step, so lambda is a probability; mpa goes above 1"
-    if entry.method == "kla":
-        return {single[0]: config.adapters[single[0]]} if single else "kla blends the base with one adapter"
-    if entry.method != "morl":
-        return {**config.adapters, **{"+".join(edge): path for edge, path in entry.midpoints.items()}}
-    for expert in entry.experts:
-        if expert.kl_scale == kl_scale and all(abs(expert.weights[n] - w) < 1e-9 for n, w in weights.items()):
-            return {"expert": expert.adapter}
-    if single and kl_scale == 1 and single[0] in config.adapters:
-        return {"expert": config.adapters[single[0]]}
-    return "no expert was trained for this preference"
+    @property
+    def id(self) -> str:
+        """Of the images together."""
+        return digest({"jobs": list(self.ids)})
 
 
 def make_batches(
-    config: Config, cells: Sequence[Cell], model: Mapping[str, Any], rewards: Mapping[str, str]
+    config: Config, cells: Sequence[Cell], model: Mapping[str, Any], rewards: Mapping[str, Any]
 ) -> list[Batch]:
     """All batches, cell by cell.
 
-    `model` is what the config does not know of the model (hashes, guidance in force, dtype); `rewards` are the names of
-    the scorers by axis, which steer some methods.
+    `model` is what the config does not know of the model (hashes, guidance in force, dtype); `rewards` is what the
+    scorers are, by axis at least: they steer some methods.
 
     Raises:
         ValueError: two cells that make the same image.
     """
-    hashes: dict[Path, str] = {}
+    hashes: dict[Path, Mapping[str, str]] = {}
     made: list[Batch] = []
     owners: dict[str, Cell] = {}
     for cell in cells:
         origin = _origin(config, cell, model, rewards, hashes)
         for pictures in batches(cell.pictures, cell.batch_size, cell.resamples):
             ids = [digest(origin | {"prompt": picture.prompt, "seed": picture.seed}) for picture in pictures]
-            made.append(Batch(digest({"jobs": ids}), len(made), cell, pictures, ids, origin))
+            made.append(Batch(len(owners), cell, pictures, ids, origin))
             for job in ids:
                 if owners.setdefault(job, cell) is not cell:
                     raise ValueError(f"{owners[job].label} and {cell.label} at {shown(cell)} make the same images")
@@ -209,26 +73,44 @@ def keep(every: Sequence[Batch], limit: int | None) -> list[Batch]:
     return kept
 
 
+def left(every: Sequence[Batch], done: Collection[str]) -> list[Batch]:
+    """What is not done of these batches: whole ones, unless it was done in batches of another size."""
+    found = []
+    for batch in every:
+        rows = [row for row, job in enumerate(batch.ids) if job not in done]
+        if rows:
+            pictures, ids = ([part[row] for row in rows] for part in (batch.pictures, batch.ids))
+            found.append(replace(batch, index=batch.index + rows[0], pictures=pictures, ids=ids))
+    return found
+
+
+def count(batches: Sequence[Batch]) -> int:
+    """Images in them."""
+    return sum(len(batch.pictures) for batch in batches)
+
+
 def digest(what: Mapping[str, Any]) -> str:
     """16 hexadecimal digits that stand for plain data."""
     return hashlib.sha256(json.dumps(what, sort_keys=True, allow_nan=False).encode()).hexdigest()[:16]
 
 
 def _origin(
-    config: Config, cell: Cell, model: Mapping[str, Any], rewards: Mapping[str, str], hashes: dict[Path, str]
-) -> dict[str, Any]:
+    config: Config, cell: Cell, model: Mapping[str, Any], rewards: Mapping[str, Any],
+    hashes: dict[Path, Mapping[str, str]],
+) -> dict[str, Any]:  # fmt: skip
     """All that makes an image but its prompt and seed, as plain data and without a path."""
     for path in cell.adapters.values():
         if path not in hashes:
-            hashes[path] = sha256(adapter_file(path))
+            hashes[path] = adapter_hashes(path)
     middle = {"+".join(edge): name for edge, name in cell.options.get("midpoints", {}).items()}
+    steered = cell.method in STEERED
     return {
         "method": cell.method,
         "weights": dict(cell.weights),
         "kl_scale": cell.kl_scale,
         "options": {**cell.options, **({"midpoints": middle} if middle else {})},
         "adapters": {name: hashes[path] for name, path in cell.adapters.items()},
-        "steered_by": dict(rewards) if cell.method in STEERED else None,
+        "steered_by": {axis: rewards[axis] for axis, weight in cell.weights.items() if weight} if steered else None,
         # the images of one prompt compete
         "together": cell.seeds if cell.resamples else None,
         "steps": config.steps,

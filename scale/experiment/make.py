@@ -1,8 +1,10 @@
 """Making a batch: one pipeline, with the blend of the cell at hand attached to it."""
 
 import contextlib
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -11,13 +13,15 @@ from torch import Tensor
 
 from scale import mini
 from scale.attachment import Knob, attach
+from scale.experiment.cells import Cell
 from scale.experiment.config import Config
 from scale.experiment.entries import STEERED
-from scale.experiment.jobs import Batch, Cell
+from scale.experiment.jobs import Batch
+from scale.hashes import file_hashes, model_hashes
 from scale.pipeline import DTYPES, draw, guidance_in_force, open_pipeline, set_scheduler
-from scale.record import model_hashes
 from scale.rewards.expression import parse_reward, terms_of
 from scale.rewards.protocol import Mix, Scorer
+from scale.rewards.shared import Shared
 
 
 @dataclass(frozen=True)
@@ -56,11 +60,21 @@ class Maker:
         self._check_steered([cell for cell in cells if cell.method in STEERED])
         self._attached: tuple[Any, Knob] | None = None
 
-    @property
+    @cached_property
     def model(self) -> dict[str, Any]:
-        """What the images depend on and the config does not say."""
-        dtype = str(self.pipe.dtype).removeprefix("torch.")
-        return {"networks": model_hashes(self.pipe), "guidance": self.guidance, "dtype": dtype}
+        """What the images depend on and the config does not say, as plain data."""
+        return {
+            "pipeline": type(self.pipe).__name__,
+            "files": model_hashes(self.pipe),
+            "settings": {"pipeline": _settings(self.pipe), "scheduler": _settings(self.pipe.scheduler)},
+            "guidance": self.guidance,
+            "dtype": str(self.pipe.dtype).removeprefix("torch."),
+        }
+
+    @cached_property
+    def scored_by(self) -> dict[str, Any]:
+        """What the scorers are, by their names in the record, as plain data."""
+        return {name: {"reward": it.name, "files": file_hashes(it.files)} for name, it in self.scorers.items()}
 
     @property
     def scorers(self) -> dict[str, Scorer]:
@@ -115,10 +129,11 @@ class Maker:
         if cell.method in STEERED:
             from scale import baselines
 
+            common |= {**cell.options, **({} if cell.max_rows is None else {"max_rows": cell.max_rows})}
             terms = self._steering(cell)
             if cell.method == "rgg":  # which normalises each axis' own gradient, so a factor in its reward is no weight
-                return baselines.rgg(self.pipe, batch.pictures, terms, **common, **cell.options, ledger=ledger)
-            return baselines.code(self.pipe, batch.pictures, Mix(terms), **common, **cell.options, ledger=ledger)
+                return baselines.rgg(self.pipe, batch.pictures, terms, **common, ledger=ledger)
+            return baselines.code(self.pipe, batch.pictures, Mix(terms), **common, ledger=ledger)
         drawn = draw(self.pipe, batch.pictures, **common, batch_size=len(batch.pictures), whole_prompts=cell.resamples)
         return next(drawn)[1]
 
@@ -148,11 +163,18 @@ def _enough_memory() -> Iterator[None]:
         yield
     except torch.OutOfMemoryError as error:
         raise ValueError(
-            "the GPU has too little memory; use a smaller batch_size or bfloat16, in a folder of its own"
+            "the GPU has too little memory; the run goes on from here with a smaller batch_size (code, rgg: max_rows)"
         ) from error
 
 
-def _scorer(text: str, config: Config) -> Scorer:
-    """The scorer of an expression, with the models of its own parts."""
+def _settings(part: Any) -> dict[str, Any]:
+    """The configuration of a pipeline or a scheduler, without its parts and what diffusers notes of itself."""
+    every, parts = json.loads(part.to_json_string()), getattr(part, "components", {})
+    return {name: value for name, value in every.items() if not name.startswith("_") and name not in parts}
+
+
+def _scorer(text: str, config: Config) -> Shared:
+    """The scorer of an expression, with the models of its own parts; it is asked while finished images are scored."""
     names = {name for _, name in terms_of(text)}
-    return parse_reward(text, {name: at for name, at in (config.reward_models or {}).items() if name in names})
+    models = {name: at for name, at in (config.reward_models or {}).items() if name in names}
+    return Shared(parse_reward(text, models))

@@ -14,19 +14,20 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
-from scale.adapters import adapter_file
+from scale.experiment.cells import Skipped, plan
 from scale.experiment.config import Config
-from scale.experiment.entries import STEERED
-from scale.experiment.jobs import Batch, Skipped, keep, make_batches, plan
+from scale.experiment.entries import Entry
+from scale.experiment.jobs import Batch, count, digest, keep, left, make_batches
 from scale.experiment.make import Maker
 from scale.experiment.recorder import Recorder
 from scale.experiment.store import Store
-from scale.folder import sha256
+from scale.hashes import adapter_hashes
 from scale.progress import progress_bar
 from scale.record import PACKAGES
 
 PATIENCE = timedelta(days=30)  # of a process that is done for the others
-NOT_IDENTITY = ("title", "figures", "paper")
+# what says nothing of the images, and what hashes of files stand for
+NOT_IDENTITY = ("title", "figures", "paper", "batch_size", "max_rows", "reward_models")
 
 
 @dataclass(frozen=True)
@@ -60,24 +61,22 @@ def sweep(config: Config, out: Path, *, limit: int | None = None) -> Outcome:
     with claimed(store, state):
         store.check(identity := identify(config))
         maker = Maker(config, cells)
-        rewards = {name: scorer.name for name, scorer in maker.rewards.items()}
-        every = make_batches(config, cells, maker.model, rewards)
-        run = describe(config, identity | {"model_files": maker.model}, every, skipped)
+        every = make_batches(config, cells, maker.model, maker.scored_by)
+        run = describe(config, identity | _found(maker, every), every, skipped)
         store.check(run["identity"])
         state.wait_for_everyone()  # all have read what was there
         if state.is_main_process:
             store.begin(run)
-        missing = _agree([batch.index for batch in every if not store.is_done(batch)])
-        wanted = {batch.index for batch in keep(every, limit)}
-        todo = [every[index] for index in missing if index in wanted]
+        done = _agree(store.done() if state.is_main_process else None)
+        todo = left(keep(every, limit), done)
         mine = todo[state.process_index :: state.num_processes]
         _work(mine, maker, store, {"device": _device(maker.pipe._execution_device), "versions": run["versions"]})
         state.wait_for_everyone()
         if state.is_main_process and not all(store.is_done(batch) for batch in todo):
             raise ValueError(f"images of other processes are not in {out}: all of them need one folder that they share")
         results = store.finish() if state.is_main_process else None
-    total = _count(every)
-    return Outcome(total - _count([every[index] for index in missing]), _count(todo), total, results)
+    total = count(every)
+    return Outcome(total - count(left(every, done)), count(todo), total, results)
 
 
 def _work(mine: Sequence[Batch], maker: Maker, store: Store, facts: Mapping[str, Any]) -> None:
@@ -85,13 +84,11 @@ def _work(mine: Sequence[Batch], maker: Maker, store: Store, facts: Mapping[str,
     recorder = Recorder(store, maker.scorers, facts)
     try:
         with progress_bar() as bar:
-            task = bar.add_task("images", total=_count(mine), note="")
+            task = bar.add_task("images", total=count(mine), note="")
             if mine:
                 maker.warm_up(mine[0])
             for batch in mine:
                 bar.update(task, note=batch.cell.label)
-                if batch.cell.method in STEERED:  # asks the scorers, which need not bear two threads
-                    recorder.wait()
                 recorder.submit(batch, maker.make(batch))
                 bar.update(task, advance=len(batch.pictures))
             recorder.wait()
@@ -99,7 +96,7 @@ def _work(mine: Sequence[Batch], maker: Maker, store: Store, facts: Mapping[str,
         recorder.close()
         done = sum(len(batch.pictures) for batch in mine if store.is_done(batch))
         raise Stopped(
-            f"stopped: {done} of the {_count(mine)} images that this process had left to make are in {store.folder}; "
+            f"stopped: {done} of the {count(mine)} images that this process had left to make are in {store.folder}; "
             "the same command goes on from there"
         ) from None
     finally:
@@ -144,8 +141,10 @@ def claimed(store: Store, state: PartialState) -> Iterator[None]:
 
 def identify(config: Config) -> dict[str, Any]:
     """What tells one experiment from another, as plain data: adapters by their hashes, rewards in their order."""
-    every = {name: value for name, value in asdict(config).items() if name not in NOT_IDENTITY}
-    return json.loads(json.dumps(_plain(every | {"rewards": list(config.rewards.items())})))
+    methods = [_identity(method) for method in config.methods]
+    return json.loads(
+        json.dumps(_plain(_identity(config) | {"methods": methods, "rewards": list(config.rewards.items())}))
+    )
 
 
 def describe(
@@ -158,12 +157,21 @@ def describe(
         "also": list(config.also),
         "figures": list(config.figures),
         "paper": list(config.paper),
-        "jobs": _count(every),
-        "batches": len(every),
+        "jobs": count(every),
         "identity": dict(identity),
         "skipped": [asdict(cell) for cell in skipped],
         "versions": {name: _version(name) for name in PACKAGES},
     }
+
+
+def _identity(value: Config | Entry) -> dict[str, Any]:
+    return {name: part for name, part in asdict(value).items() if name not in NOT_IDENTITY}
+
+
+def _found(maker: Maker, every: Sequence[Batch]) -> dict[str, Any]:
+    """What of the identity only the files tell: of the model, of all rewards, and of every image."""
+    images = digest({"jobs": [job for batch in every for job in batch.ids]})
+    return {"model_files": maker.model, "reward_files": maker.scored_by, "images": images}
 
 
 def _device(device: torch.device) -> str:
@@ -174,7 +182,7 @@ def _device(device: torch.device) -> str:
 def _plain(value: Any) -> Any:
     """Data as JSON has it; a file by its hash."""
     if isinstance(value, Path):
-        return sha256(adapter_file(value))
+        return adapter_hashes(value)
     if isinstance(value, Mapping):
         return {"+".join(key) if isinstance(key, tuple) else key: _plain(item) for key, item in value.items()}
     return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
@@ -183,10 +191,6 @@ def _plain(value: Any) -> Any:
 def _agree(value: Any) -> Any:
     """The first process's value, in all of them."""
     return broadcast_object_list([value])[0]
-
-
-def _count(batches: Sequence[Batch]) -> int:
-    return sum(len(batch.pictures) for batch in batches)
 
 
 def _cores() -> int:

@@ -2,7 +2,7 @@
 
     RUN/run.json              what is made, by which model, and the reference of all records
     RUN/images/<job>.png      named by the image's id
-    RUN/records/<batch>.json  written after the batch's images: a batch is done iff it and its images are there
+    RUN/records/<batch>.json  written after the batch's images: images are done iff it and all of its own are there
     RUN/results.parquet       one row an image, assembled when the run is over
     RUN/lock                  held by every process of a run that is alive
 
@@ -12,7 +12,7 @@ Every file is written whole or not at all, so a run may be killed at any moment.
 import fcntl
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from torch import Tensor
 from dbtheory.files import write_atomically
 from dbtheory.resampling import effective_size
 from scale.experiment.jobs import Batch
-from scale.folder import sha256
+from scale.hashes import sha256
 
 RUN, RESULTS, LOCK = "run.json", "results.parquet", "lock"
 IMAGES, RECORDS = "images", "records"
@@ -79,19 +79,33 @@ class Store:
             theirs = _read(path)
             if other := [name for name, value in identity.items() if theirs.get("identity", {}).get(name) != value]:
                 raise ValueError(
-                    f"{self.folder} holds a run with another {', '.join(other)}; choose another folder, or delete it"
+                    f"{self.folder} holds a run that differs in {', '.join(other)}; choose another folder, or delete it"
                 )
         elif any((self.folder / IMAGES).glob("*")) or any((self.folder / RECORDS).glob("*")):
             raise ValueError(f"{self.folder} holds images or records, but no {RUN}; choose another folder")
 
     def begin(self, run: Mapping[str, Any]) -> None:
-        """Say what the run is: `run["identity"]` tells it from others."""
+        """Say what the run is: `run["identity"]` tells it from others. Records that lost an image are forgotten.
+
+        Their images are made anew, maybe in batches of another size.
+        """
         self.check(run["identity"])
+        for path, jobs in self._recorded():
+            if not self._has(jobs):
+                path.unlink()
         _write_json(self.folder / RUN, run)
 
     def is_done(self, batch: Batch) -> bool:
         """Whether the batch's record and all its images are there."""
-        return self._record(batch).exists() and all(self._image(job).exists() for job in batch.ids)
+        return self._record(batch).exists() and self._has(batch.ids)
+
+    def done(self) -> set[str]:
+        """The images of every record that has all of its images, in whatever batches they were made.
+
+        Raises:
+            ValueError: a record that cannot be read.
+        """
+        return {job for _, jobs in self._recorded() if self._has(jobs) for job in jobs}
 
     def write(
         self, batch: Batch, images: UInt8[Tensor, "n height width 3"], record: Mapping[str, Any], rows: Sequence[Row]
@@ -114,6 +128,17 @@ class Store:
         _, frame = load(self.folder)
         write_atomically(path, lambda temporary: frame.to_parquet(temporary, index=False))
         return path
+
+    def _recorded(self) -> Iterator[tuple[Path, list[str]]]:
+        """Every record and the images that it lists."""
+        for path in _records(self.folder):
+            try:
+                yield path, [str(image["job"]) for image in _read(path)["images"]]
+            except (LookupError, TypeError) as error:
+                raise ValueError(f"{path} is no record of dblend sweep: {error!r}") from error
+
+    def _has(self, jobs: Sequence[str]) -> bool:
+        return all(self._image(job).exists() for job in jobs)
 
     def _image(self, job: str) -> Path:
         return self.folder / IMAGES / f"{job}.png"
@@ -144,7 +169,7 @@ def load(run: Path) -> tuple[dict[str, Any], pd.DataFrame]:
     what = _read(run / RUN)
     if odd := [name for name, kind in OF_RUN.items() if not isinstance(what.get(name), kind)]:
         raise ValueError(f"{run / RUN} is no file of dblend sweep: its {odd[0]} is {what.get(odd[0])!r:.60}")
-    records = [_read(path) for path in sorted((run / RECORDS).glob("*.json")) if not path.name.startswith(".")]
+    records = [_read(path) for path in _records(run)]
     try:
         axes, also = list(what["rewards"]), list(what["also"])
         rows = [row for record in sorted(records, key=lambda r: r["index"]) for row in _rows(record, axes, also)]
@@ -153,6 +178,11 @@ def load(run: Path) -> tuple[dict[str, Any], pd.DataFrame]:
         raise ValueError(f"{run} holds records that are not of dblend sweep: {error!r}") from error
     frame = pd.DataFrame(rows, columns=_columns(axes, also))
     return what, _among_all(frame, [f"weight.{name}" for name in axes])
+
+
+def _records(run: Path) -> list[Path]:
+    """The finished records of a run."""
+    return [path for path in sorted((run / RECORDS).glob("*.json")) if not path.name.startswith(".")]
 
 
 def _columns(axes: Sequence[str], also: Sequence[str]) -> list[str]:

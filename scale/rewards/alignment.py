@@ -64,7 +64,7 @@ class Alignment(Scorer):
         path = Path(folder) / "judge.safetensors"
         if not path.is_file():
             raise ValueError(f"no judge at {path}; run `python -m scale.mini.build` to make one")
-        self.judge = Judge()
+        self.judge, self.files = Judge(), (path,)
         try:
             self.judge.load_state_dict(read(path).tensors)
         except RuntimeError as error:

@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
 from scale.adapters.read import first_line, read, short_text
+from scale.hashes import tokenizer_files
 from scale.rewards.protocol import Images, Scores, device
 
 CONFIG, WORDS, PREPROCESSOR = "config.json", "tokenizer.json", "preprocessor_config.json"
@@ -78,10 +79,12 @@ class Preprocessing:
 class Clip:
     """Images and prompts as embeddings of length 1; frozen, in float32, on the GPU if there is one."""
 
-    def __init__(self, model: CLIPModel, tokenizer: CLIPTokenizer, preprocess: Preprocessing) -> None:
+    def __init__(
+        self, model: CLIPModel, tokenizer: CLIPTokenizer, preprocess: Preprocessing, files: Sequence[Path] = ()
+    ) -> None:
         self.model: Any = model.eval().requires_grad_(False)  # transformers' own annotations allow nearly anything
         self.model.to(device())
-        self.tokenizer, self.preprocess = tokenizer, preprocess
+        self.tokenizer, self.preprocess, self.files = tokenizer, preprocess, tuple(files)
         self.length: int = self.model.config.text_config.max_position_embeddings
 
     def images(self, images: Images) -> Embeddings:
@@ -113,12 +116,16 @@ def load_clip(
     Raises:
         ValueError: a file that is missing, unreadable or refused, or that does not fit the others.
     """
+    files = []
     if weights is None:
-        weights = read(find(WEIGHTS, model)).tensors
-    config = _config(find((CONFIG,), model, *others), weights)
-    preprocess = _preprocessing(find((PREPROCESSOR,), model, *others), config.vision_config.image_size, fit)
-    tokenizer = _tokenizer(find((WORDS,), model, *others), config.text_config)
-    return Clip(_filled(config, weights), tokenizer, preprocess)
+        files.append(find(WEIGHTS, model))
+        weights = read(files[0]).tensors
+    settings, images, words = (find((name,), model, *others) for name in (CONFIG, PREPROCESSOR, WORDS))
+    config = _config(settings, weights)
+    preprocess = _preprocessing(images, config.vision_config.image_size, fit)
+    tokenizer = _tokenizer(words, config.text_config)
+    files += [settings, images, *tokenizer_files(tokenizer)]
+    return Clip(_filled(config, weights), tokenizer, preprocess, files)
 
 
 def find(names: Sequence[str], *places: str | Path) -> Path:

@@ -29,6 +29,7 @@ class ClipScore(Scorer):
             raise ValueError(f"the weight of clipscore must be positive, received {weight}; the paper's is 2.5")
         with remedy(self.name, model, REMEDY):
             self.clip = load_clip(model)
+        self.files = self.clip.files
         self.weight, self.prefix = weight, prefix
         self.range = (0.0, weight)
 

@@ -42,7 +42,7 @@ class ImageReward(Scorer):
     batch_size = 16
 
     def __init__(self, model: str | Path = HUB_ID) -> None:
-        weights, settings, words = find(model)
+        self.files = weights, settings, words = find(model)
         try:
             table = read(weights).tensors
             blip = {key.removeprefix("blip."): value for key, value in table.items() if key.startswith("blip.")}

@@ -39,7 +39,9 @@ class LaionAesthetic(Scorer):
     def __init__(self, model: str | Path = HUB_ID) -> None:
         with remedy(self.name, model, REMEDY):
             self.clip = load_clip(model)
-            weight, bias = affine(read(find(HEADS, model, HEAD_ID)).tensors, self.clip.model.config.projection_dim)
+            head = find(HEADS, model, HEAD_ID)
+            weight, bias = affine(read(head).tensors, self.clip.model.config.projection_dim)
+        self.files = (*self.clip.files, head)
         self.weight, self.bias = weight.float().to(device()), bias.float().to(device())
         length = weight.norm().item()
         self.range = (bias.item() - length, bias.item() + length)

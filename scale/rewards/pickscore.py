@@ -29,6 +29,7 @@ class PickScore(Scorer):
     def __init__(self, model: str | Path = HUB_ID, *, shift: float = -19.0) -> None:
         with remedy(self.name, model, REMEDY):
             self.clip = load_clip(model, CLIP_H)
+        self.files = self.clip.files
         self.shift = shift
         self.temperature = self.clip.model.logit_scale.exp().item()
         self.range = (shift - self.temperature, shift + self.temperature)

@@ -5,6 +5,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from math import inf, isfinite
 from numbers import Real
+from pathlib import Path
 from typing import ClassVar
 
 import torch
@@ -27,6 +28,8 @@ class Scorer(ABC):
     range: tuple[float, float] = (-inf, inf)
     differentiable: bool = False
     batch_size: int = 64
+    files: Sequence[Path | str] = ()
+    """What it was loaded from: files, or an address where a library keeps them; equal files give equal scores."""
     runs_on: ClassVar[str] = "accelerator"
     """"accelerator": images are moved to the GPU where there is one; "anywhere": they are scored where they are."""
 
@@ -111,6 +114,7 @@ class Mix(Scorer):
             raise ValueError(f"a mix of rewards needs a term, and finite weights and shift; received {numbers}")
         self.name = _expression(flat, self.shift)
         self.differentiable = all(s.differentiable for _, s in flat)
+        self.files = tuple(dict.fromkeys(file for _, scorer in flat for file in scorer.files))
         # a zero weight times an infinite bound is no bound's business
         ends = [sorted((w * s.range[0], w * s.range[1])) if w else (0.0, 0.0) for w, s in flat]
         self.range = (self.shift + sum(low for low, _ in ends), self.shift + sum(high for _, high in ends))

@@ -63,6 +63,7 @@ class Vila(Scorer):
         low, high = sorted((shift, scale + shift))
         self.range = (low, high)
         interpreter, address = str(python or os.environ.get(PYTHON) or sys.executable), _address(model)
+        self.files = _files(address)
         try:
             self._process = _start(interpreter, address)
         except OSError as error:
@@ -144,6 +145,13 @@ def _address(model: str | Path) -> str:
     if not (folder / "saved_model.pb").is_file():
         raise ValueError(f"vila: {folder} holds no saved_model.pb; {REMEDY}")
     return str(folder)
+
+
+def _files(address: str) -> tuple[Path | str, ...]:
+    """All files of a folder; TF-hub's address itself, which names a version."""
+    if "://" in address:
+        return (address,)
+    return tuple(path for path in sorted(Path(address).rglob("*")) if path.is_file())
 
 
 def _start(python: str, model: str) -> subprocess.Popen[bytes]:

@@ -17,7 +17,7 @@ from peft.utils import get_peft_model_state_dict
 
 from dbtheory.files import write_atomically
 from scale.adapters import FILE_NAMES
-from scale.record import denoiser_hashes
+from scale.hashes import denoiser_hashes
 from scale.train import checkpoint
 from scale.train.denoiser import ADAPTER, DenoiserPolicy
 from scale.train.divergence import WINDOW, Diverged

@@ -173,7 +173,7 @@ def test_msdda_takes_the_variances_of_cards(files: Path, tmp_path: Path, caplog:
     carded = tiny.save_lora(tiny.sd, tmp_path / "carded", 4)
     (carded / "README.md").write_text("---\nstep_variance: 0.5\n---\n")
     record = run(files, f"--method msdda --weights a=.5 c=.5 --adapter c={carded}")
-    assert record["options"]["variances"] == {"c": 0.5}
+    assert record["options"]["variances"] == {"base": 1.0, "a": 1.0, "c": 0.5}
     assert not caplog.messages
     assert run(files, "--method msdda --weights a=.5 b=.5")["options"]["variances"] is None
     assert "msdda is DB-MPA here" in "".join(caplog.messages)

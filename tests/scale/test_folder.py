@@ -9,8 +9,9 @@ import pytest
 import torch
 
 import scale.generate
-from scale.folder import RECORD, earlier_pictures, remove_earlier, save_picture, sha256, write_record
+from scale.folder import RECORD, earlier_pictures, remove_earlier, save_picture, write_record
 from scale.generate import generate
+from scale.hashes import sha256
 from scale.pipeline import Picture
 from scale.request import Request
 from tests.scale import tiny

@@ -161,7 +161,7 @@ def test_hashes_are_those_of_the_files(folder: Path, tmp_path: Path) -> None:
     names = ("config.json", "diffusion_pytorch_model.safetensors")
     assert record["hashes"]["denoiser"] == {name: digest(unet / name) for name in names}
     assert record["hashes"]["adapters"] == {
-        name: digest(folder / name / "pytorch_lora_weights.safetensors") for name in ("style", "shape")
+        name: {"weights": digest(folder / name / "pytorch_lora_weights.safetensors")} for name in ("style", "shape")
     }
     assert [image["sha256"] for image in record["images"]] == [
         digest(tmp_path / image["file"]) for image in record["images"]

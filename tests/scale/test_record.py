@@ -1,34 +1,8 @@
-"""Hashes and certificates of the record."""
-
-import hashlib
-from pathlib import Path
+"""Certificates of the record."""
 
 import pytest
 
-from scale.pipeline import open_pipeline
-from scale.record import denoiser_hashes, update_ess
-from tests.scale import tiny
-
-
-def digests(folder: Path, pattern: str) -> dict[str, str]:
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.glob(pattern))}
-
-
-def test_hashes_of_a_model_in_shards_beside_variants(tmp_path: Path) -> None:
-    """Every shard is hashed; weights that are not loaded (another variant, pickles) are not, and change nothing."""
-    pipe = tiny.sd()
-    pipe.save_pretrained(tmp_path, max_shard_size="100KB")
-    pipe.unet.save_pretrained(tmp_path / "unet", variant="fp16")
-    (tmp_path / "unet" / "diffusion_pytorch_model.bin").write_bytes(b"not loaded")
-    hashes = denoiser_hashes(open_pipeline(tmp_path))
-    shards = digests(tmp_path / "unet", "diffusion_pytorch_model-*-of-*.safetensors")
-    assert len(shards) > 1
-    assert hashes == digests(tmp_path / "unet", "config.json") | shards
-
-
-def test_a_model_that_came_from_no_folder_has_no_hashes() -> None:
-    """Nothing is made up."""
-    assert denoiser_hashes(tiny.sd()) == {}
+from scale.record import update_ess
 
 
 def test_ess_is_among_all_images_of_a_prompt() -> None:

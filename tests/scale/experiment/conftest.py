@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from scale.experiment.config import read_config
+from scale.experiment.config import Config, read_config
 from scale.experiment.run import sweep
 from tests.scale.experiment.fixtures import save_model, write_config
 
@@ -32,3 +32,9 @@ def finished(files: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = tmp_path_factory.mktemp("finished") / "run"
     sweep(read_config(str(write_config(files))), run)
     return run
+
+
+@pytest.fixture
+def config(files: Path) -> Config:
+    """The small experiment."""
+    return read_config(str(write_config(files)))

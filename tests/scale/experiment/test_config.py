@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import yaml
 
+from scale.experiment.cells import plan
 from scale.experiment.config import CONFIGS, config_names, read_config
-from scale.experiment.jobs import plan
 from scale.experiment.values import simplex_grid
 from tests.scale.experiment.fixtures import PROMPTS, table, write_config
 

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from scale import cli
+from scale.experiment.cells import plan
 from scale.experiment.config import config_names, read_config
 from scale.experiment.entries import NAMES
-from scale.experiment.jobs import plan
 
 
 @pytest.fixture

@@ -1,20 +1,26 @@
 """Cells, ids and batches are functions of the config and of the files alone."""
 
+import inspect
+import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from scale.attachment import attach
+from scale.baselines import code, rgg
+from scale.experiment.cells import plan
 from scale.experiment.config import read_config
-from scale.experiment.jobs import Batch, keep, make_batches, plan
+from scale.experiment.jobs import Batch, keep, left, make_batches
 from tests.scale.experiment.fixtures import write_config
 
-REWARDS = {"colorfulness": "colorfulness", "jpeg": "jpeg"}
+REWARDS = {name: {"reward": name, "files": {}} for name in ("colorfulness", "jpeg")}
 
 
-def batches(files: Path, model: str = "m", **changes: Any) -> list[Batch]:
+def batches(files: Path, model: str = "m", rewards: Mapping[str, Any] = REWARDS, **changes: Any) -> list[Batch]:
     config = read_config(str(write_config(files, "jobs", **changes)))
-    return make_batches(config, plan(config)[0], {"denoiser": model}, REWARDS)
+    return make_batches(config, plan(config)[0], {"denoiser": model}, rewards)
 
 
 def ids(made: list[Batch]) -> list[str]:
@@ -48,11 +54,68 @@ def test_ids_are_of_what_makes_the_image(files: Path) -> None:
         assert {*ids(first)} & {*ids(batches(files, **other))} == {*ids(first)[:6]}, other
 
 
+def test_ids_are_of_all_that_acts_on_an_image(files: Path, tmp_path: Path) -> None:
+    """PEFT's alpha, a card's step variance and the weights of a reward that steers; each where it acts, and only there.
+
+    How much is made at once, or said of the same thing in other words, is in no id.
+    """
+    folders = {name: Path(shutil.copytree(files / name, tmp_path / name)) for name in ("colorfulness", "jpeg")}
+    usual = {"adapters": {name: str(folder) for name, folder in folders.items()}}
+    methods = ["base", "mpa", "msdda", {"method": "code", "candidates": 2}]
+
+    def of(method: str, **changes: Any) -> set[str]:
+        made = batches(files, **usual | {"methods": methods} | changes)
+        return {job for batch in made if batch.cell.method == method for job in batch.ids}
+
+    def changed(**changes: Any) -> list[str]:
+        return [method for method in before if of(method, **changes) != before[method]]
+
+    before = {method: of(method) for method in ("base", "mpa", "msdda", "code")}
+    assert changed() == changed(batch_size=3, methods=[*methods[:3], {**methods[3], "max_rows": 2, "block": 5}]) == []
+    other = {name: value | {"files": {"model.safetensors": "0" * 64}} for name, value in REWARDS.items()}
+    assert changed(rewards=other) == ["code"]
+    (folders["jpeg"] / "README.md").write_text("---\nstep_variance: 2.0\n---\n")
+    assert changed() == ["msdda"]
+    (folders["jpeg"] / "adapter_config.json").write_text('{"lora_alpha": 3}')
+    assert changed() == ["mpa", "msdda"]
+
+
+def test_a_record_says_the_defaults(files: Path) -> None:
+    """What an entry leaves out is in its images' origin, and is what `attach`, `code` and `rgg` would take."""
+    methods = ["mpa-ls", "mpa-held", "code", {"method": "rgg", "alpha": 0.1}]
+    made = batches(files, methods=methods, preferences=[{"colorfulness": 1}])
+    options = {batch.cell.method: batch.origin["options"] for batch in made}
+    assert {method: sorted(own) for method, own in options.items()} == {
+        "mpa-ls": ["order"], "mpa-held": ["exact"], "code": ["block", "candidates"],
+        "rgg": ["alpha", "gamma", "normalise", "schedule"],
+    }  # fmt: skip
+    for method, function in {"mpa-ls": attach, "mpa-held": attach, "code": code, "rgg": rgg}.items():
+        usual = inspect.signature(function).parameters
+        assert all(value == usual[name].default for name, value in options[method].items() if name != "alpha")
+
+
+def test_what_is_left_of_other_batches(files: Path) -> None:
+    """Whole batches where they are of one size; else every image that is not done, once, and no other."""
+    every, wide = batches(files), batches(files, batch_size=4)
+    done = {*every[0].ids, *every[4].ids}
+    assert left(every, done) == [*every[1:4], *every[5:]]
+    assert left(every, set()) == every
+    rest, by_id = (
+        left(wide, done),
+        {job: p for batch in every for job, p in zip(batch.ids, batch.pictures, strict=True)},
+    )
+    assert ids(rest) == [job for job in ids(wide) if job not in done]
+    assert [len(batch.pictures) for batch in rest] == [2, 2, 2, 2] + [4, 2] * 3
+    assert [batch.index for batch in rest[:4]] == [2, 4, 6, 10]
+    assert all(batch.pictures == [by_id[job] for job in batch.ids] for batch in rest)
+    assert left(every, ids(every)) == []
+
+
 def test_batches_hold_every_image_in_order(files: Path) -> None:
     """No batch mixes cells, and the last of a cell may be smaller; resampled images of a prompt stay together."""
     made = batches(files, batch_size=4)
     assert [len(batch.pictures) for batch in made] == [4, 2] * 5
-    assert [batch.index for batch in made] == list(range(10))
+    assert [batch.index for batch in made] == [6 * cell + first for cell in range(5) for first in (0, 4)]
     together = batches(files, batch_size=5, methods=[{"method": "mpa", "correct": "resample"}])
     assert [{picture.index for picture in batch.pictures} for batch in together] == [{0, 1}, {2}] * 2
     with pytest.raises(ValueError, match="depend on each other"):
@@ -63,7 +126,7 @@ def test_a_limit_keeps_the_first_whole_batches_of_each_cell(files: Path) -> None
     """3 images are two batches of two, in every cell; batches are the same as without a limit."""
     every = batches(files)
     kept = keep(every, 3)
-    assert [batch.index for batch in kept] == [3 * cell + i for cell in range(5) for i in range(2)]
+    assert [batch.index for batch in kept] == [6 * cell + first for cell in range(5) for first in (0, 2)]
     assert keep(every, None) == every
 
 

@@ -17,12 +17,17 @@ from tests.scale.experiment.fixtures import contents, write_config
 pytestmark = pytest.mark.slow
 
 KILLS = 20
-METHODS = ["base", "mpa", {"method": "mpa", "correct": "resample", "label": "corrected", "batch_size": 6}, "mpa-ls"]
+METHODS = [
+    "base", "mpa", {"method": "mpa", "correct": "resample", "label": "corrected", "batch_size": 6}, "mpa-ls",
+    {"method": "msdda", "variances": {"base": 1.0, "colorfulness": 0.5, "jpeg": 2.0}},
+    {"method": "code", "candidates": 3, "block": 1},
+    {"method": "rgg", "alpha": 0.5, "preferences": [{"colorfulness": 1.0}]},
+]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def config(files: Path) -> Path:
-    """7 cells of 18 images, in 54 batches; those of `corrected` hold the 6 images of a prompt, which compete."""
+    """12 cells of 18 images, in 99 batches; those of `corrected` hold the 6 images of a prompt, which compete."""
     return write_config(files, "kills", methods=METHODS, seeds=6)
 
 

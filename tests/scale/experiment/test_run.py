@@ -4,7 +4,6 @@ import json
 import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -15,27 +14,16 @@ from PIL import Image
 
 from scale.experiment import make, recorder, store
 from scale.experiment import run as running
+from scale.experiment.cells import plan
 from scale.experiment.config import Config, read_config
 from scale.experiment.estimate import rows_an_image
-from scale.experiment.jobs import plan
 from scale.experiment.run import Stopped, sweep
-from scale.experiment.store import Store, load
+from scale.experiment.store import load
 from scale.rewards import load_scorer
 from scale.rewards.colorfulness import Colorfulness
 from tests.scale.experiment.fixtures import contents, write_config
 
-
-@pytest.fixture
-def config(files: Path) -> Config:
-    return read_config(str(write_config(files)))
-
-
 REWARDS = ("colorfulness", "jpeg")
-
-
-def pixels(run: Path) -> dict[str, np.ndarray]:
-    """Every image by its id, as whole numbers."""
-    return {path.stem: np.asarray(Image.open(path)).astype(int) for path in (run / "images").glob("*.png")}
 
 
 def test_the_table_says_what_the_images_are(finished: Path) -> None:
@@ -56,76 +44,6 @@ def test_the_table_says_what_the_images_are(finished: Path) -> None:
     assert np.array_equal(known["weighted"], weighted)
     assert frame[frame["label"] == "base"][["weighted", "kl_scale", "weight.jpeg", "certificate"]].isna().all(axis=None)
     assert frame[frame["label"] == "mpa"][["certificate", "disagreement", "ess", "log_weight"]].notna().all(axis=None)
-
-
-def test_a_resumed_run_is_an_uninterrupted_one(config: Config, finished: Path, tmp_path: Path) -> None:
-    """After a limit, lost images and a lost record, the folder is the same; a finished run makes nothing."""
-    run = tmp_path / "run"
-    assert (first := sweep(config, run, limit=2)).made == 10
-    assert load(run)[0]["missing"] == first.total - 10 == 20
-    images, records = sorted((run / "images").glob("*")), sorted((run / "records").glob("*"))
-    images[3].unlink()
-    records[0].unlink()
-    (run / "records" / ".killed-abc.json").write_text("{")
-    sweep(config, run)
-    assert contents(run) == contents(finished)
-    again = sweep(config, run, limit=2)
-    assert (again.before, again.made, again.total) == (30, 0, 30)
-
-
-def test_the_comparison_sees_what_depends_on_the_process(
-    config: Config, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The control: where noise depends on how often a process was asked, a resumed run is another one."""
-    calls, draw = [0], make.draw
-
-    def stateful(pipe: Any, pictures: Any, **options: Any) -> Any:
-        calls[0] += 1
-        moved = [make_picture(picture, calls[0]) for picture in pictures]
-        return draw(pipe, moved, **options)
-
-    def make_picture(picture: Any, shift: int) -> Any:
-        return type(picture)(picture.prompt, picture.index, picture.seed + shift)
-
-    monkeypatch.setattr(make, "draw", stateful)
-    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
-    sweep(config, whole)
-    for limit in (2, None):
-        calls[0] = 0
-        sweep(config, resumed, limit=limit)
-    assert contents(whole).keys() == contents(resumed).keys() == contents(finished).keys()
-    assert contents(whole) != contents(resumed)
-
-
-def test_images_do_not_depend_on_their_batch(files: Path, finished: Path, tmp_path: Path) -> None:
-    """Alone, or in other batches and another order of methods: within 1 of 255 of the same image."""
-    changes = {"batch_size": 5, "methods": ["mpa-ls", "base", "mpa"]}
-    sweep(read_config(str(write_config(files, "batched", **changes))), tmp_path)
-    ours, theirs = pixels(tmp_path), pixels(finished)
-    assert ours.keys() == theirs.keys()
-    assert max(int(np.abs(ours[job] - theirs[job]).max()) for job in ours) <= 1
-    jobs = sorted(ours)
-    assert min(int(np.abs(ours[a] - ours[b]).max()) for a, b in pairwise(jobs)) > 1  # the control
-
-
-def test_another_experiment_is_refused(files: Path, finished: Path) -> None:
-    """The message names what differs, before the model is loaded; a title may change."""
-    before = contents(finished)
-    with pytest.raises(ValueError, match=r"another methods, steps|another steps, methods|another .*steps"):
-        sweep(read_config(str(write_config(files, "other", steps=3, methods=["base"]))), finished)
-    assert contents(finished) == before
-    assert sweep(read_config(str(write_config(files, "retitled", title="T"))), finished).made == 0
-    sweep(read_config(str(write_config(files))), finished)
-
-
-def test_a_second_run_is_refused_while_the_first_lives(config: Config, finished: Path) -> None:
-    """One line that says so; the lock is free when its holder is gone."""
-    holder = Store(finished)
-    holder.claim(alone=True)
-    with pytest.raises(ValueError, match="another run is at work"):
-        sweep(config, finished)
-    holder.release()
-    assert sweep(config, finished).made == 0
 
 
 @contextmanager
@@ -212,8 +130,11 @@ def test_an_interrupted_run_says_what_is_done(
     assert_resumes(config, tmp_path, finished, monkeypatch)
 
 
-def test_at_most_two_batches_wait(config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """However slow the scorers are, no more images are held in memory."""
+@pytest.mark.parametrize("method", ["mpa", {"method": "code", "candidates": 2, "block": 1}])
+def test_at_most_two_batches_wait(
+    files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str | dict[str, Any]
+) -> None:
+    """The next are made while these are scored, also where they ask the scorers; but no more than two wait."""
     waiting, submit = [], recorder.Recorder.submit
 
     def watch(self: recorder.Recorder, *args: Any) -> None:
@@ -221,8 +142,8 @@ def test_at_most_two_batches_wait(config: Config, tmp_path: Path, monkeypatch: p
         waiting.append(len(self._pending))
 
     monkeypatch.setattr(recorder.Recorder, "submit", watch)
-    sweep(config, tmp_path, limit=2)
-    assert waiting == [1, 2, 2, 2, 2]
+    sweep(read_config(str(write_config(files, "waiting", methods=[method]))), tmp_path)
+    assert waiting == [1, 2, 2, 2, 2, 2]
 
 
 def test_steered_methods_run_beside_the_blends(files: Path, tmp_path: Path) -> None:

@@ -1,5 +1,7 @@
 """Pictures to score, and a judge of random weights."""
 
+import shutil
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -22,3 +24,11 @@ def random_judge(folder: Path) -> Alignment:
     torch.manual_seed(0)
     save_model(Judge().half(), str(folder / "judge.safetensors"))
     return Alignment(folder)
+
+
+def copies(files: Iterable[Path | str], folder: Path) -> Path:
+    """A folder with these files alone: a scorer's `files` must suffice to make it again."""
+    folder.mkdir()
+    for file in files:
+        shutil.copy(file, folder)
+    return folder

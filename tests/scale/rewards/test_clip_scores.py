@@ -20,6 +20,7 @@ from scale.rewards.laion_aesthetic import HEADS, LaionAesthetic, affine
 from scale.rewards.pickscore import PickScore
 from scale.rewards.protocol import Scorer
 from tests.scale.rewards import tiny_clip
+from tests.scale.rewards.pictures import copies
 from tests.scale.rewards.tiny_clip import PROMPTS, SHARED, pictures
 
 NAMES = ["clipscore", "pickscore", "laion-aesthetic", "hpsv2"]
@@ -108,6 +109,20 @@ def test_hpsv2_of_transformers_weights(folder: Path) -> None:
     scorer = HPSv2(folder)
     cosines = by_hand(scorer.clip, pictures(3, 40, 56), PROMPTS)[1]
     torch.testing.assert_close(scorer.score(pictures(3, 40, 56), PROMPTS), cosines, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_its_files_are_all_it_needs(folder: Path, tmp_path: Path, name: str) -> None:
+    """A folder of these alone gives the same scores; without any one of those that hold numbers there are none."""
+    scorer = load_scorer(name, folder)
+    again = load_scorer(name, copies(scorer.files, tmp_path / "all"))
+    assert torch.equal(again.score(pictures(), PROMPTS), scorer.score(pictures(), PROMPTS))
+    needed = [Path(file) for file in scorer.files if Path(file).name != "tokenizer_config.json"]
+    assert len(needed) == 4 + (name == "laion-aesthetic")
+    for i, left_out in enumerate(needed):
+        fewer = copies([file for file in needed if file != left_out], tmp_path / str(i))
+        with pytest.raises(ValueError, match=re.escape(left_out.stem)):
+            load_scorer(name, fewer)
 
 
 @pytest.mark.parametrize("name", NAMES)

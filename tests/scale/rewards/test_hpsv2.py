@@ -13,6 +13,7 @@ from transformers import CLIPConfig, CLIPModel
 from scale.rewards.clip import load_clip
 from scale.rewards.hpsv2 import VERSIONS, HPSv2, to_transformers
 from tests.scale.rewards import tiny_clip
+from tests.scale.rewards.pictures import copies
 from tests.scale.rewards.tiny_clip import LENGTH, PROMPTS, OpenClip, pictures
 
 CHECKPOINT = VERSIONS["v2.1"]
@@ -61,6 +62,14 @@ def test_embeddings_are_open_clips(original: OpenClip, folder: Path) -> None:
     assert (scorer.clip.prompts(PROMPTS) - read).abs().max() < 1e-5
     torch.testing.assert_close(scorer.score(images, PROMPTS), (seen * read).sum(1), atol=1e-5, rtol=1e-4)
     assert min(seen.std(0).max(), read.std(0).max()) > 0.02  # they differ from one another
+
+
+def test_its_files_are_all_it_needs(folder: Path, tmp_path: Path) -> None:
+    """A folder of these alone gives the same scores; the checkpoint is one of them, another version's is not."""
+    scorer = HPSv2(folder)
+    assert {Path(file).name for file in scorer.files} & {*VERSIONS.values()} == {CHECKPOINT}
+    again = HPSv2(copies(scorer.files, tmp_path / "all"))
+    assert torch.equal(again.score(pictures(), PROMPTS), scorer.score(pictures(), PROMPTS))
 
 
 def test_the_comparison_sees_every_weight(original: OpenClip, folder: Path) -> None:

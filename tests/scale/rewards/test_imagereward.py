@@ -16,6 +16,7 @@ from torch import Tensor
 from scale.rewards.blip import DEVIATION, MEAN, load_encoder, preprocess
 from scale.rewards.imagereward import LENGTH, ImageReward, load_head
 from tests.scale.rewards import tiny_blip
+from tests.scale.rewards.pictures import copies
 
 PROMPTS = ["a red circle", "A blue square and red circles, and a", "unknown words"]
 IDS = [[2, 5, 6, 8, 3], [2, 5, 7, 10, 11, 6, 8, 9, 12, 11, 5, 3], [2, 1, 1, 3]]  # by hand, from tiny_blip.WORDS
@@ -62,6 +63,12 @@ def test_the_comparison_sees_every_part(scorer: ImageReward, weights: dict[str, 
     """Negative control: with one kind of weight shifted in the reference alone, the scores differ."""
     shifted = {key: value + 0.05 * (name in key) for key, value in weights.items()}
     assert not torch.allclose(scorer.score(images(), PROMPTS), by_hand(shifted, images()), rtol=1e-3, atol=1e-4)
+
+
+def test_its_files_are_all_it_needs(scorer: ImageReward, tmp_path: Path) -> None:
+    """A folder of these alone gives the same scores."""
+    again = ImageReward(copies(scorer.files, tmp_path / "all"))
+    assert torch.equal(again.score(images(), PROMPTS), scorer.score(images(), PROMPTS))
 
 
 def test_prompts_are_padded_and_cut_at_35(scorer: ImageReward) -> None:

@@ -131,6 +131,16 @@ def test_scores_come_back_in_order_on_the_papers_scale(scorer: Vila) -> None:
     assert not torch.allclose(expected(images(40)), expected(images(40)).flip(0), atol=1e-3)  # order could be seen
 
 
+def test_its_files_are_the_folders_or_the_address(scorer: Vila) -> None:
+    """All of a SavedModel, whose variables are in files of their own; of TF-hub, the address, which has a version."""
+    folder = Path(vila._address(Path(str(scorer.files[0])).parent))
+    assert [*scorer.files] == [folder / "saved_model.pb"]
+    (folder / "variables").mkdir()
+    (folder / "variables" / "variables.index").write_text("")
+    assert [*vila._files(str(folder))] == [folder / "saved_model.pb", folder / "variables" / "variables.index"]
+    assert [*vila._files(vila.HUB_ADDRESS)] == [vila.HUB_ADDRESS]
+
+
 def test_the_scale_is_the_callers(tmp_path: Path) -> None:
     """With scale 1 and shift 0 the score and its range are VILA's own."""
     scorer = Vila(model(tmp_path), scale=1.0, shift=0.0)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from scale.folder import sha256
+from scale.hashes import sha256
 from scale.mini import world
 
 REWARDS = ("alignment", "colorfulness")
