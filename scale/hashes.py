@@ -26,9 +26,9 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def file_hashes(files: Iterable[Path | str]) -> dict[str, str | None]:
-    """Of files by their names; None for an address, which is all that is known of what it leads to."""
-    return {str(getattr(file, "name", file)): sha256(file) if isinstance(file, Path) else None for file in files}
+def file_hashes(files: Iterable[Path | str]) -> list[tuple[str, str | None]]:
+    """Of files, each behind its name, which another folder's may have too; None behind an address."""
+    return [(file.name, sha256(file)) if isinstance(file, Path) else (file, None) for file in files]
 
 
 def adapter_hashes(path: Path) -> dict[str, str]:

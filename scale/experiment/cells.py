@@ -135,8 +135,8 @@ def _options(entry: Entry, adapters: Mapping[str, Path]) -> dict[str, Any]:
     options = dict(entry.options)
     if entry.midpoints:
         options["midpoints"] = {edge: "+".join(edge) for edge in entry.midpoints}
-    if entry.method == "msdda" and (variances := options.get("variances") or stated_variances(adapters)):
-        options["variances"] = variances
+    if entry.method == "msdda":
+        options.setdefault("variances", stated_variances(adapters))
     return options
 
 

@@ -169,7 +169,8 @@ def _enough_memory() -> Iterator[None]:
 
 def _settings(part: Any) -> dict[str, Any]:
     """The configuration of a pipeline or a scheduler, without its parts and what diffusers notes of itself."""
-    every, parts = json.loads(part.to_json_string()), getattr(part, "components", {})
+    # some are infinite, which JSON has no number for
+    every, parts = json.loads(part.to_json_string(), parse_constant=str), getattr(part, "components", {})
     return {name: value for name, value in every.items() if not name.startswith("_") and name not in parts}
 
 

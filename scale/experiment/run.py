@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, gather_object
 
 from scale.experiment.cells import Skipped, plan
 from scale.experiment.config import Config
@@ -26,6 +26,7 @@ from scale.progress import progress_bar
 from scale.record import PACKAGES
 
 PATIENCE = timedelta(days=30)  # of a process that is done for the others
+FOUND = ("model_files", "reward_files", "images")  # what of the identity only the files tell
 # what says nothing of the images, and what hashes of files stand for
 NOT_IDENTITY = ("title", "figures", "paper", "batch_size", "max_rows", "reward_models")
 
@@ -64,10 +65,8 @@ def sweep(config: Config, out: Path, *, limit: int | None = None) -> Outcome:
         every = make_batches(config, cells, maker.model, maker.scored_by)
         run = describe(config, identity | _found(maker, every), every, skipped)
         store.check(run["identity"])
-        state.wait_for_everyone()  # all have read what was there
-        if state.is_main_process:
-            store.begin(run)
-        done = _agree(store.done() if state.is_main_process else None)
+        _same_files(run["identity"])  # in all processes, and all have read what was there
+        done = _agree(store.begin(run, every) if state.is_main_process else None)
         todo = left(keep(every, limit), done)
         mine = todo[state.process_index :: state.num_processes]
         _work(mine, maker, store, {"device": _device(maker.pipe._execution_device), "versions": run["versions"]})
@@ -171,7 +170,8 @@ def _identity(value: Config | Entry) -> dict[str, Any]:
 def _found(maker: Maker, every: Sequence[Batch]) -> dict[str, Any]:
     """What of the identity only the files tell: of the model, of all rewards, and of every image."""
     images = digest({"jobs": [job for batch in every for job in batch.ids]})
-    return {"model_files": maker.model, "reward_files": maker.scored_by, "images": images}
+    found = {"model_files": maker.model, "reward_files": maker.scored_by, "images": images}
+    return json.loads(json.dumps(found))
 
 
 def _device(device: torch.device) -> str:
@@ -186,6 +186,13 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {"+".join(key) if isinstance(key, tuple) else key: _plain(item) for key, item in value.items()}
     return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def _same_files(identity: Mapping[str, Any]) -> None:
+    """ValueError where another process found other files than this one, e.g. an older copy on its machine."""
+    everywhere = gather_object([{name: identity[name] for name in FOUND}])
+    if other := [name for name in FOUND if any(found[name] != identity[name] for found in everywhere)]:
+        raise ValueError(f"the processes differ in {', '.join(other)}; give every machine the same files")
 
 
 def _agree(value: Any) -> Any:

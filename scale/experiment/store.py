@@ -24,7 +24,7 @@ from torch import Tensor
 
 from dbtheory.files import write_atomically
 from dbtheory.resampling import effective_size
-from scale.experiment.jobs import Batch
+from scale.experiment.jobs import Batch, left
 from scale.hashes import sha256
 
 RUN, RESULTS, LOCK = "run.json", "results.parquet", "lock"
@@ -84,16 +84,19 @@ class Store:
         elif any((self.folder / IMAGES).glob("*")) or any((self.folder / RECORDS).glob("*")):
             raise ValueError(f"{self.folder} holds images or records, but no {RUN}; choose another folder")
 
-    def begin(self, run: Mapping[str, Any]) -> None:
-        """Say what the run is: `run["identity"]` tells it from others. Records that lost an image are forgotten.
+    def begin(self, run: Mapping[str, Any], every: Sequence[Batch]) -> set[str]:
+        """Say what the run is: `run["identity"]` tells it from others. Returns the images that are `done`.
 
-        Their images are made anew, maybe in batches of another size.
+        A record that lost an image is written again with its batch, or removed where other batches take its place.
         """
         self.check(run["identity"])
-        for path, jobs in self._recorded():
-            if not self._has(jobs):
+        recorded, done = dict(self._recorded()), self.done()
+        again = {self._record(batch) for batch in left(every, done)}
+        for path, jobs in recorded.items():
+            if not done.issuperset(jobs) and path not in again:
                 path.unlink()
         _write_json(self.folder / RUN, run)
+        return done
 
     def is_done(self, batch: Batch) -> bool:
         """Whether the batch's record and all its images are there."""
@@ -120,7 +123,7 @@ class Store:
             file = {"file": f"{IMAGES}/{path.name}", "sha256": sha256(path)}
             listed.append({**own, "seed": picture.seed, **file, **row})
         own = {"batch": batch.id, "index": batch.index, "label": batch.cell.label, "made_by": dict(batch.origin)}
-        _write_json(self._record(batch), {**own, **record, "images": listed})
+        _write_json(self._record(batch), {**own, "max_rows": batch.cell.max_rows, **record, "images": listed})
 
     def finish(self) -> Path:
         """Assemble the table of all records."""

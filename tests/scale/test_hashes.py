@@ -52,7 +52,12 @@ def test_an_adapter_is_its_weights_and_pefts_settings(tmp_path: Path) -> None:
 
 
 def test_an_address_has_no_hash(tmp_path: Path) -> None:
-    """It is listed as it is, beside files by their names."""
-    (tmp_path / "a.bin").write_bytes(b"a")
-    expected = {"https://hub/1": None} | digests(tmp_path, "*")
-    assert file_hashes(["https://hub/1", tmp_path / "a.bin"]) == expected
+    """It is listed as it is, beside files behind their names, of which two may be the same."""
+    paths = [tmp_path / name / "model.bin" for name in "ab"]
+    for path in paths:
+        path.parent.mkdir()
+        path.write_text(path.parent.name)
+    first, second = (digests(path.parent, "*")["model.bin"] for path in paths)
+    assert first != second
+    expected = [("https://hub/1", None), ("model.bin", first), ("model.bin", second)]
+    assert file_hashes(["https://hub/1", *paths]) == expected

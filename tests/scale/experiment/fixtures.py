@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from safetensors.torch import load_file, save_file
 
 from scale.experiment.store import load
 from tests.scale import tiny
@@ -18,6 +19,16 @@ def save_model(folder: Path) -> Path:
     tiny.sd().save_pretrained(folder / "model")
     for seed, name in enumerate(("colorfulness", "jpeg", "both")):
         tiny.save_lora(tiny.sd, folder / name, seed)
+    return folder
+
+
+def as_peft(folder: Path, alpha: float) -> Path:
+    """The adapter of a folder as PEFT writes it: its alpha stands beside the weights."""
+    (old,) = folder.glob("*.safetensors")
+    tensors = {key.replace("unet.", "base_model.model.", 1): value for key, value in load_file(old).items()}
+    save_file(tensors, folder / "adapter_model.safetensors")
+    old.unlink()
+    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "lora_alpha": alpha}))
     return folder
 
 

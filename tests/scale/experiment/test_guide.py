@@ -46,7 +46,14 @@ def test_the_config_of_its_reader_is_read(
     for place in ("imagereward", "style", "both"):
         shutil.copytree(files / "jpeg", tmp_path / "experts" / place)
     cells, skipped = plan(read_config("own.yaml"))
-    assert [cell.label for cell in cells] == ["base", *["mpa"] * 3, *["iid"] * 3, *["code"] * 3, "morl"]
+    assert [cell.label for cell in cells] == [
+        "base",
+        *["mpa"] * 3,
+        *["iid"] * 3,
+        *["code"] * 3,
+        *["rgg alpha=0.1"] * 3,
+        "morl",
+    ]
     assert len(skipped) == 2
 
 

@@ -1,6 +1,7 @@
 """Cells, ids and batches are functions of the config and of the files alone."""
 
 import inspect
+import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,8 +13,10 @@ from scale.attachment import attach
 from scale.baselines import code, rgg
 from scale.experiment.cells import plan
 from scale.experiment.config import read_config
-from scale.experiment.jobs import Batch, keep, left, make_batches
-from tests.scale.experiment.fixtures import write_config
+from scale.experiment.jobs import Batch, digest, keep, left, make_batches
+from scale.experiment.make import Maker
+from scale.pipeline import SCHEDULERS
+from tests.scale.experiment.fixtures import as_peft, write_config
 
 REWARDS = {name: {"reward": name, "files": {}} for name in ("colorfulness", "jpeg")}
 
@@ -59,7 +62,7 @@ def test_ids_are_of_all_that_acts_on_an_image(files: Path, tmp_path: Path) -> No
 
     How much is made at once, or said of the same thing in other words, is in no id.
     """
-    folders = {name: Path(shutil.copytree(files / name, tmp_path / name)) for name in ("colorfulness", "jpeg")}
+    folders = {name: as_peft(shutil.copytree(files / name, tmp_path / name), 4) for name in ("colorfulness", "jpeg")}
     usual = {"adapters": {name: str(folder) for name, folder in folders.items()}}
     methods = ["base", "mpa", "msdda", {"method": "code", "candidates": 2}]
 
@@ -76,7 +79,7 @@ def test_ids_are_of_all_that_acts_on_an_image(files: Path, tmp_path: Path) -> No
     assert changed(rewards=other) == ["code"]
     (folders["jpeg"] / "README.md").write_text("---\nstep_variance: 2.0\n---\n")
     assert changed() == ["msdda"]
-    (folders["jpeg"] / "adapter_config.json").write_text('{"lora_alpha": 3}')
+    (folders["jpeg"] / "adapter_config.json").write_text('{"peft_type": "LORA", "lora_alpha": 3}')
     assert changed() == ["mpa", "msdda"]
 
 
@@ -92,6 +95,14 @@ def test_a_record_says_the_defaults(files: Path) -> None:
     for method, function in {"mpa-ls": attach, "mpa-held": attach, "code": code, "rgg": rgg}.items():
         usual = inspect.signature(function).parameters
         assert all(value == usual[name].default for name, value in options[method].items() if name != "alpha")
+
+
+@pytest.mark.parametrize("scheduler", sorted(SCHEDULERS.keys() - {"flow-euler"}))
+def test_the_model_is_plain_data(files: Path, scheduler: str) -> None:
+    """With the settings of every scheduler, of which some are infinite: an id can be made of it."""
+    model = Maker(read_config(str(write_config(files, scheduler, scheduler=scheduler))), ()).model
+    assert model["settings"]["scheduler"]["beta_end"] > 0
+    assert digest(model) == digest(json.loads(json.dumps(model)))
 
 
 def test_what_is_left_of_other_batches(files: Path) -> None:

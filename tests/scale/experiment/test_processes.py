@@ -27,7 +27,7 @@ METHODS = [
 
 @pytest.fixture(scope="module")
 def config(files: Path) -> Path:
-    """12 cells of 18 images, in 99 batches; those of `corrected` hold the 6 images of a prompt, which compete."""
+    """12 cells of 18 images, in 96 batches; those of `corrected` hold the 6 images of a prompt, which compete."""
     return write_config(files, "kills", methods=METHODS, seeds=6)
 
 

@@ -11,10 +11,11 @@ import pytest
 from PIL import Image
 
 from scale.experiment import make
+from scale.experiment import run as running
 from scale.experiment.config import Config, read_config
 from scale.experiment.run import sweep
 from scale.experiment.store import Store, load
-from tests.scale.experiment.fixtures import contents, write_config
+from tests.scale.experiment.fixtures import as_peft, contents, write_config
 
 
 def pixels(run: Path) -> dict[str, np.ndarray]:
@@ -62,33 +63,55 @@ def test_the_comparison_sees_what_depends_on_the_process(
 
 
 def test_images_do_not_depend_on_their_batch(files: Path, finished: Path, tmp_path: Path) -> None:
-    """Alone, or in other batches and another order of methods: within 1 of 255 of the same image."""
-    changes = {"batch_size": 5, "methods": ["mpa-ls", "base", "mpa"]}
-    sweep(read_config(str(write_config(files, "batched", **changes))), tmp_path)
-    ours, theirs = pixels(tmp_path), pixels(finished)
+    """In other batches, with fewer rows at once, in another order of methods: within 1 of 255 of the same image."""
+    steered = [{"method": "code", "candidates": 3, "block": 1}, {"method": "rgg", "alpha": 0.5, "lambdas": [1]}]
+    steered[1]["preferences"] = [{"colorfulness": 1}]
+    sweep(read_config(str(write_config(files, "steered", methods=steered))), tmp_path / "steered")
+    fewer = [{**steered[1], "max_rows": 1}, {**steered[0], "max_rows": 4}]
+    changes = {"batch_size": 5, "methods": [*fewer, "mpa-ls", "base", "mpa"]}
+    sweep(read_config(str(write_config(files, "batched", **changes))), tmp_path / "run")
+    ours, theirs = pixels(tmp_path / "run"), pixels(finished) | pixels(tmp_path / "steered")
     assert ours.keys() == theirs.keys()
+    assert len(ours) == 30 + 18
     assert max(int(np.abs(ours[job] - theirs[job]).max()) for job in ours) <= 1
     jobs = load(finished)[1]["job"]  # a cell has 6, of three prompts and two seeds
     apart = [int(np.abs(ours[a] - ours[b]).max()) for i, (a, b) in enumerate(pairwise(jobs)) if i % 6 < 5]
     assert min(apart) > 1  # the control
 
 
-def test_a_run_goes_on_in_smaller_batches(files: Path, finished: Path, tmp_path: Path) -> None:
-    """As after too little memory: what was made stays as it is, and every image is there once."""
-    methods = ["base", "mpa", "mpa-ls"]
-    sweep(read_config(str(write_config(files, "wide", batch_size=4, methods=methods))), tmp_path, limit=2)
-    before = {path.name: path.read_bytes() for path in tmp_path.rglob("*.*") if path.parent != tmp_path}
-    lost = load(tmp_path)[1]["file"][0]
-    (tmp_path / lost).unlink()  # with its batch's record: all four are made anew
-    outcome = sweep(read_config(str(write_config(files, "narrow", batch_size=3))), tmp_path)
+def test_a_run_goes_on_in_smaller_batches(files: Path, tmp_path: Path) -> None:
+    """As after too little memory: what was made stays as it is; every image is there once, as in any other batches."""
+    methods = ["base", "mpa", {"method": "mpa", "correct": "resample", "label": "corrected"}]
+    wide, narrow = (
+        read_config(str(write_config(files, f"by {size}", methods=methods, batch_size=size))) for size in (4, 3)
+    )
+    run, reference = tmp_path / "run", tmp_path / "reference"
+    sweep(narrow, reference)
+    sweep(wide, run, limit=2)
+    table = load(run)[1]
+    lost = table[table["batch"] == table["batch"][0]]
+    kept = [*table["file"].drop(lost.index), *(f"records/{name}.json" for name in {*table["batch"]} - {*lost["batch"]})]
+    before = {name: (run / name).read_bytes() for name in kept}
+    assert len(kept) == 16 + 4
+    (run / lost["file"][0]).unlink()  # its batch is made anew
+    outcome = sweep(narrow, run)
     assert (outcome.before, outcome.made, outcome.total) == (16, 14, 30)
-    _, frame = load(tmp_path)
-    reference = load(finished)[1]
-    assert frame["job"].tolist() == reference["job"].tolist()
-    ours, theirs = pixels(tmp_path), pixels(finished)
+    assert {name: (run / name).read_bytes() for name in kept} == before
+    assert not (run / f"records/{lost['batch'][0]}.json").exists()
+    assert load(run)[1]["job"].tolist() == load(reference)[1]["job"].tolist()
+    ours, theirs = pixels(run), pixels(reference)
+    assert ours.keys() == theirs.keys()
     assert max(int(np.abs(ours[job] - theirs[job]).max()) for job in theirs) <= 1
-    kept = [name for name in before if (found := [*tmp_path.rglob(name)]) and found[0].read_bytes() == before[name]]
-    assert len(kept) >= 4 * 5  # 16 images and 4 records
+
+
+def test_a_lost_image_costs_no_record_of_the_same_batches(config: Config, finished: Path, tmp_path: Path) -> None:
+    """Its batch is made anew under the same name; until then the scores of the others are still there."""
+    run = Path(shutil.copytree(finished, tmp_path / "run"))
+    (run / load(run)[1]["file"][20]).unlink()
+    sweep(config, run, limit=1)
+    assert len(load(run)[1]) == 30
+    sweep(config, run)
+    assert contents(run) == contents(finished)
 
 
 def test_another_experiment_is_refused(files: Path, finished: Path) -> None:
@@ -115,6 +138,7 @@ def test_files_that_changed_since_are_refused(
 ) -> None:
     """PEFT's settings, a card's variance, the model's scheduler and tokenizer: half of the images would be others."""
     folder = Path(shutil.copytree(files, tmp_path / "files"))
+    as_peft(folder / "jpeg", 4)
     places = {"adapter_config.json": "jpeg", "README.md": "jpeg", "scheduler_config.json": "model/scheduler"}
     path = folder / places.get(change, "model/tokenizer") / change
     config = write_config(folder, "changed", methods=[method], prompt_limit=1)
@@ -137,3 +161,13 @@ def test_a_second_run_is_refused_while_the_first_lives(config: Config, finished:
         sweep(config, finished)
     holder.release()
     assert sweep(config, finished).made == 0
+
+
+def test_processes_with_other_files_are_refused(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another copy on another machine: its images would have ids that nobody looks for."""
+    monkeypatch.setattr(running, "gather_object", lambda mine: [*mine, mine[0] | {"images": "another"}])
+    with pytest.raises(ValueError, match="the processes differ in images; give every machine the same files"):
+        sweep(config, tmp_path)
+    assert not (tmp_path / "run.json").exists()
