@@ -44,6 +44,8 @@ class Options:
     config: Path | None = None
     """Another config than the built-in one."""
     prompts: int = 16
+    w: tuple[float, ...] = (0.5,)
+    """Preferences: the first reward's weight. What is attached once for all of them weighs less in longer runs."""
     steps: int = 10
     batch: int = 8
     repeats: int = 3
@@ -54,7 +56,7 @@ class Options:
 
 
 def write_config(options: Options, folder: Path) -> Path:
-    """Base, DB-MPA and LS at one preference, two rewards."""
+    """Base, DB-MPA and LS, two rewards."""
     if options.config is not None:
         return options.config
     given = {
@@ -65,7 +67,7 @@ def write_config(options: Options, folder: Path) -> Path:
         "steps": options.steps,
         "guidance": 1.0,
         "batch_size": options.batch,
-        "preferences": {"w": [0.5]},
+        "preferences": {"w": list(options.w)},
         "methods": ["base", "mpa", "mpa-ls"],
     }
     path = folder / "bench.yaml"
