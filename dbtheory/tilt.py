@@ -86,8 +86,9 @@ def whitened_tilt(prior: GaussianMixture, reward: Reward, alpha: Alpha) -> White
     """The tilt of each component of `prior`, before they are put together. Raises as `tilt`."""
     scaled = require_quadratic(reward, prior.dim).to(prior.means) * (1 / require_alpha(alpha))
     root = prior.root
-    precision = torch.eye(prior.dim).to(root) + root.mT @ scaled.Q @ root
-    cholesky = definite_cholesky(precision, precision.diagonal(dim1=-2, dim2=-1).abs())
+    added = root.mT @ scaled.Q @ root
+    precision = torch.eye(prior.dim).to(root) + added
+    cholesky = definite_cholesky(precision, 1 + added.diagonal(dim1=-2, dim2=-1).abs())
     if cholesky is None:
         raise ValueError(
             "the tilt does not exist: a component's precision + Q/alpha is not positive definite, "

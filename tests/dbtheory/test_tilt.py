@@ -133,6 +133,18 @@ def test_a_target_of_infinite_mass_is_refused(curvature: float) -> None:
     assert tilt(PRIOR, reward, 1000.0).mean.isfinite().all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_precisions_that_cancel_are_refused_whatever_the_rounding(dtype: torch.dtype) -> None:
+    """Precision 1/c - 1/c for 60 variances c: roots round up or down, as the processor's LAPACK has it."""
+    eye, none = torch.eye(2, dtype=dtype), torch.zeros(2, dtype=dtype)
+    for c in range(1, 61):
+        prior = GaussianMixture(torch.ones(1, dtype=dtype), none[None], c * eye[None])
+        with pytest.raises(ValueError, match="not positive definite"):
+            tilt(prior, QuadraticReward(-eye / c, none), 1.0)
+        nearly = tilt(prior, QuadraticReward(-0.999 * eye / c, none), 1.0)
+        assert torch.allclose(nearly.covariance, 1000 * c * eye, rtol=2e-3)
+
+
 def test_other_rewards_are_refused() -> None:
     """A reward of another dimension."""
     with pytest.raises(ValueError, match="3 coordinates"):
