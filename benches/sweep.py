@@ -43,11 +43,11 @@ class Options:
 
     config: Path | None = None
     """Another config than the built-in one."""
-    prompts: int = 16
-    w: tuple[float, ...] = (0.5,)
+    prompts: int = 64
+    w: tuple[float, ...] = (0.2, 0.5, 0.8)
     """Preferences: the first reward's weight. What is attached once for all of them weighs less in longer runs."""
-    steps: int = 10
-    batch: int = 8
+    steps: int = 20
+    batch: int = 32
     repeats: int = 3
     """Turns of the sweep and of the bare loop, and of one process and two; medians are shown."""
     threads: int = torch.get_num_threads()
