@@ -170,8 +170,7 @@ def _identity(value: Config | Entry) -> dict[str, Any]:
 def _found(maker: Maker, every: Sequence[Batch]) -> dict[str, Any]:
     """What of the identity only the files tell: of the model, of all rewards, and of every image."""
     images = digest({"jobs": [job for batch in every for job in batch.ids]})
-    found = {"model_files": maker.model, "reward_files": maker.scored_by, "images": images}
-    return json.loads(json.dumps(found))
+    return _plain({"model_files": maker.model, "reward_files": maker.scored_by, "images": images})
 
 
 def _device(device: torch.device) -> str:

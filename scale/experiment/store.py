@@ -12,7 +12,7 @@ Every file is written whole or not at all, so a run may be killed at any moment.
 import fcntl
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +90,8 @@ class Store:
         A record that lost an image is written again with its batch, or removed where other batches take its place.
         """
         self.check(run["identity"])
-        recorded, done = dict(self._recorded()), self.done()
+        recorded = self._recorded()
+        done = self._done(recorded)
         again = {self._record(batch) for batch in left(every, done)}
         for path, jobs in recorded.items():
             if not done.issuperset(jobs) and path not in again:
@@ -108,7 +109,7 @@ class Store:
         Raises:
             ValueError: a record that cannot be read.
         """
-        return {job for _, jobs in self._recorded() if self._has(jobs) for job in jobs}
+        return self._done(self._recorded())
 
     def write(
         self, batch: Batch, images: UInt8[Tensor, "n height width 3"], record: Mapping[str, Any], rows: Sequence[Row]
@@ -132,13 +133,18 @@ class Store:
         write_atomically(path, lambda temporary: frame.to_parquet(temporary, index=False))
         return path
 
-    def _recorded(self) -> Iterator[tuple[Path, list[str]]]:
+    def _recorded(self) -> dict[Path, list[str]]:
         """Every record and the images that it lists."""
+        found = {}
         for path in _records(self.folder):
             try:
-                yield path, [str(image["job"]) for image in _read(path)["images"]]
+                found[path] = [str(image["job"]) for image in _read(path)["images"]]
             except (LookupError, TypeError) as error:
                 raise ValueError(f"{path} is no record of dblend sweep: {error!r}") from error
+        return found
+
+    def _done(self, recorded: Mapping[Path, Sequence[str]]) -> set[str]:
+        return {job for jobs in recorded.values() if self._has(jobs) for job in jobs}
 
     def _has(self, jobs: Sequence[str]) -> bool:
         return all(self._image(job).exists() for job in jobs)

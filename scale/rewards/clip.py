@@ -109,22 +109,23 @@ def load_clip(
     model: str | Path,
     *others: str,
     weights: Mapping[str, Tensor] | None = None,
+    weights_file: Path | None = None,
     fit: Fit = resize_and_crop,
 ) -> Clip:
     """CLIP in transformers' format from a folder or a hub id; `others` may lend all but the weights.
 
+    Given `weights` come from `weights_file`.
+
     Raises:
         ValueError: a file that is missing, unreadable or refused, or that does not fit the others.
     """
-    files = []
-    if weights is None:
-        files.append(find(WEIGHTS, model))
-        weights = read(files[0]).tensors
+    path = weights_file or find(WEIGHTS, model)
+    weights = read(path).tensors if weights is None else weights
     settings, images, words = (find((name,), model, *others) for name in (CONFIG, PREPROCESSOR, WORDS))
     config = _config(settings, weights)
     preprocess = _preprocessing(images, config.vision_config.image_size, fit)
     tokenizer = _tokenizer(words, config.text_config)
-    files += [settings, images, *tokenizer_files(tokenizer)]
+    files = path, settings, images, *tokenizer_files(tokenizer)
     return Clip(_filled(config, weights), tokenizer, preprocess, files)
 
 

@@ -57,22 +57,21 @@ class HPSv2(Scorer):
             "then pass model=FOLDER"
         )
         with remedy(self.name, model, how):
-            self.clip, self.files = _load(model, VERSIONS[version])
+            self.clip = _load(model, VERSIONS[version])
+        self.files = self.clip.files
 
     def _score(self, images: Images, prompts: Sequence[str]) -> Scores:
         return self.clip.cosines(images, prompts)
 
 
-def _load(model: str | Path, checkpoint: str) -> tuple[Clip, Sequence[Path]]:
-    """The network, and the files that it is made from."""
+def _load(model: str | Path, checkpoint: str) -> Clip:
     folder = Path(model).expanduser()
     # another version's checkpoint beside plain CLIP's weights must not make these pass for HPSv2
     if str(model) == HUB_ID or any((folder / name).is_file() for name in VERSIONS.values()):
         path = find((checkpoint,), model)
-        clip = load_clip(model, CLIP_H, weights=to_transformers(read_checkpoint(path)), fit=resize_and_pad)
-        return clip, (path, *clip.files)
-    clip = load_clip(model, CLIP_H, fit=resize_and_pad)
-    return clip, clip.files
+        weights = to_transformers(read_checkpoint(path))
+        return load_clip(model, CLIP_H, weights=weights, weights_file=path, fit=resize_and_pad)
+    return load_clip(model, CLIP_H, fit=resize_and_pad)
 
 
 def read_checkpoint(path: Path) -> dict[str, Tensor]:

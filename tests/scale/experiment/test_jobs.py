@@ -111,10 +111,8 @@ def test_what_is_left_of_other_batches(files: Path) -> None:
     done = {*every[0].ids, *every[4].ids}
     assert left(every, done) == [*every[1:4], *every[5:]]
     assert left(every, set()) == every
-    rest, by_id = (
-        left(wide, done),
-        {job: p for batch in every for job, p in zip(batch.ids, batch.pictures, strict=True)},
-    )
+    rest = left(wide, done)
+    by_id = {job: picture for batch in every for job, picture in zip(batch.ids, batch.pictures, strict=True)}
     assert ids(rest) == [job for job in ids(wide) if job not in done]
     assert [len(batch.pictures) for batch in rest] == [2, 2, 2, 2] + [4, 2] * 3
     assert [batch.index for batch in rest[:4]] == [2, 4, 6, 10]

@@ -64,10 +64,10 @@ def test_the_comparison_sees_what_depends_on_the_process(
 
 def test_images_do_not_depend_on_their_batch(files: Path, finished: Path, tmp_path: Path) -> None:
     """In other batches, with fewer rows at once, in another order of methods: within 1 of 255 of the same image."""
-    steered = [{"method": "code", "candidates": 3, "block": 1}, {"method": "rgg", "alpha": 0.5, "lambdas": [1]}]
-    steered[1]["preferences"] = [{"colorfulness": 1}]
-    sweep(read_config(str(write_config(files, "steered", methods=steered))), tmp_path / "steered")
-    fewer = [{**steered[1], "max_rows": 1}, {**steered[0], "max_rows": 4}]
+    code = {"method": "code", "candidates": 3, "block": 1}
+    rgg = {"method": "rgg", "alpha": 0.5, "preferences": [{"colorfulness": 1}]}
+    sweep(read_config(str(write_config(files, "steered", methods=[code, rgg]))), tmp_path / "steered")
+    fewer = [rgg | {"max_rows": 1}, code | {"max_rows": 4}]
     changes = {"batch_size": 5, "methods": [*fewer, "mpa-ls", "base", "mpa"]}
     sweep(read_config(str(write_config(files, "batched", **changes))), tmp_path / "run")
     ours, theirs = pixels(tmp_path / "run"), pixels(finished) | pixels(tmp_path / "steered")
